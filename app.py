@@ -1,0 +1,343 @@
+"""The HTTP face and the wiring: routes, start, stop.
+
+    POST /process ──> intake ──> runner ──> executor ──> postback ──> POST <postback_url>
+
+`python app.py` starts the service; `--help` lists the settings, `--check` validates them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import bottle
+
+import config
+import postback
+import processing
+from config import Config
+from jobs import errors, model
+from jobs.executors import ThreadExecutor
+from jobs.journal import Journal
+from jobs.runner import Limits, Runner
+from web import intake, logs, outbound
+from web.receiver import Receiver
+from web.server import Application, Server
+
+#: Exit codes (sysexits.h): the journal was lost; jobs wait for the next start; a refused start.
+EXIT_LOST = 74
+EXIT_WAITING = 75
+EXIT_REFUSED = 78
+
+#: Jobs, or received postbacks, on one page.
+PAGE = 50
+MAX_PAGE = 1000
+
+#: Room in a posted event for all but its result.
+ENVELOPE_BYTES = 64 * 1024
+
+log = logging.getLogger("postback")
+
+
+class Api:
+    """The routes. What is refused is raised, and becomes a problem in `web/server.py`."""
+
+    def __init__(
+        self, *, config: Config, journal: Journal, runner: Runner, receiver: Receiver, base_url: str
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._runner = runner
+        self._receiver = receiver
+        self._base_url = base_url
+
+    def application(self) -> Application:
+        """Return the application with every route."""
+        app = Application(self._config.api_token)
+        app.serve("POST", "/process", self.process)
+        app.serve("GET", "/jobs", self.jobs)
+        app.serve("GET", "/jobs/<job_id>", self.job)
+        app.serve("GET", "/jobs/<job_id>/result", self.result)
+        app.serve("POST", "/jobs/<job_id>/cancel", self.cancel)
+        app.serve("POST", "/jobs/<job_id>/resend", self.resend)
+        app.serve("POST", "/postprocessed", self._receiver.receive, open_to_all=True)
+        app.serve("GET", "/postprocessed", self.received)
+        app.serve("GET", "/livez", self.livez, open_to_all=True)
+        app.serve("GET", "/readyz", self.readyz, open_to_all=True)
+        return app
+
+    def process(self) -> dict[str, str]:
+        """Answer POST /process: check, commit, start, answer."""
+        environ = bottle.request.environ
+        payload = intake.read_payload(environ, max_bytes=self._config.max_body_bytes)
+        job_id = self._runner.accept(
+            _new_job(payload, self._config.postback_allow),
+            payload.body,
+            idempotency_key=payload.idempotency_key,
+            body_sha256=hashlib.sha256(payload.body).hexdigest(),
+        )
+        if intake.prefers_async(environ):  # RFC 7240, section 4.1
+            bottle.response.status = 202
+            bottle.response.set_header("Preference-Applied", "respond-async")
+        bottle.response.set_header("Location", f"/jobs/{job_id}")
+        return {
+            "id": job_id,
+            "state": model.State.ACCEPTED,
+            "status_url": f"{self._base_url}/jobs/{job_id}",
+        }
+
+    def jobs(self) -> dict[str, Any]:
+        """Answer GET /jobs: newest first, without payloads and results."""
+        query = bottle.request.query
+        state, before = query.get("state"), query.get("before")
+        if state is not None and state not in list(model.State):
+            raise errors.MalformedError(f"state must be one of {', '.join(model.State)}.")
+        if before is not None:
+            self._journal.job(before)
+        page = self._journal.page(
+            state=model.State(state) if state else None, limit=_limit(), before=before
+        )
+        return {"jobs": [_summary(job) for job in page]}
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Answer GET /jobs/<id>: everything about one job."""
+        job, body, event = self._journal.detail(job_id)
+        ending = json.loads(event.body)["data"] if event else {}
+        links = {name: ending[name] for name in ending if name.startswith("result_")}
+        return {
+            **_summary(job),
+            "data": json.loads(body)["data"],
+            "result": ending.get("result"),
+            "error": ending.get("error"),
+            **links,
+            "attempts": self._journal.attempts(job_id),
+        }
+
+    def result(self, job_id: str) -> bytes:
+        """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
+        job, _, event = self._journal.detail(job_id)
+        if event is None or job.outcome is not model.Outcome.SUCCEEDED:
+            raise errors.MoveError(job_id, state=job.outcome or job.state, wanted="a result")
+        bottle.response.content_type = "application/json"
+        if event.result is not None:
+            return event.result.encode()
+        return json.dumps(json.loads(event.body)["data"]["result"]).encode()
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Answer POST /jobs/<id>/cancel."""
+        self._runner.cancel(job_id)
+        return _summary(self._journal.job(job_id))
+
+    def resend(self, job_id: str) -> dict[str, Any]:
+        """Answer POST /jobs/<id>/resend."""
+        self._runner.resend(job_id)
+        return _summary(self._journal.job(job_id))
+
+    def received(self) -> dict[str, Any]:
+        """Answer GET /postprocessed."""
+        return self._receiver.listing(limit=_limit())
+
+    def livez(self) -> dict[str, str]:
+        """Answer GET /livez: the process answers."""
+        return {"status": "alive"}
+
+    def readyz(self) -> dict[str, str]:
+        """Answer GET /readyz: a job would be accepted now."""
+        if refusal := self._runner.refusal():
+            raise refusal
+        return {"status": "ready"}
+
+
+class Service:
+    """Everything wired together, from the start to the stop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._happened: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._analyze = processing.load(config.analysis)
+        self._journal = Journal(config.journal_path, on_lost=lambda: self._happened.put(EXIT_LOST))
+
+    def start(self) -> None:
+        """Open the journal, take up what is unfinished, and begin to answer.
+
+        Raises:
+            ConfigError: The journal or the address cannot be used.
+        """
+        settings = self._config
+        self._journal.open()
+        max_body_bytes = max(settings.max_body_bytes, settings.postback_max_bytes + ENVELOPE_BYTES)
+        self._server = Server(host=settings.host, port=settings.port, max_body_bytes=max_body_bytes)
+        self.base_url = settings.public_url or _own_url(settings.host, self._server.port)
+        self.postback_url = (
+            settings.postback_url or _own_url(settings.host, self._server.port) + "/postprocessed"
+        )
+        self._sender = self._make_sender()
+        self.runner = self._make_runner()
+        receiver = Receiver(
+            self._journal,
+            secrets=settings.postback_secret,
+            max_body_bytes=max_body_bytes,
+            show=_print_to_terminal,
+        )
+        api = Api(
+            config=settings,
+            journal=self._journal,
+            runner=self.runner,
+            receiver=receiver,
+            base_url=self.base_url,
+        )
+        self.runner.start()
+        self._server.start(api.application())
+
+    def run(self) -> int:
+        """Wait for a signal, then stop in order; return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        happened = self._happened.get()
+        if happened == EXIT_LOST:
+            return EXIT_LOST
+        log.info("drain begun", extra={"seconds": self._config.drain_seconds})
+        return EXIT_WAITING if self.stop() else 0
+
+    def stop(self) -> int:
+        """Drain and close; return how many jobs wait for the next start."""
+        drained = self.runner.drain(self._config.drain_seconds)
+        self._server.stop()
+        self._sender.close()
+        self._journal.close()
+        log.info(
+            "drain ended", extra={"finished": drained.finished, "will_resume": drained.waiting}
+        )
+        return drained.waiting
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        # The second one ends at once: what is in the journal is taken up by the next start.
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+        self._happened.put(number)
+
+    def _make_sender(self) -> postback.Sender:
+        settings = self._config
+        return postback.Sender(
+            url=self.postback_url,
+            policy=settings.postback_allow,
+            secrets=settings.postback_secret,
+            headers=settings.postback_headers,
+            timeout_seconds=settings.postback_timeout_seconds,
+            schedule=settings.postback_schedule_seconds,
+        )
+
+    def _make_runner(self) -> Runner:
+        settings = self._config
+        return Runner(
+            journal=self._journal,
+            executor=ThreadExecutor(self._analyze),
+            postback=self._sender,
+            limits=Limits(
+                max_running=settings.max_running,
+                max_pending=settings.max_pending,
+                job_timeout_seconds=settings.job_timeout_seconds,
+                retention_seconds=settings.retention_seconds,
+                max_event_bytes=settings.postback_max_bytes,
+            ),
+            result_url=lambda job_id: f"{self.base_url}/jobs/{job_id}/result",
+        )
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Start the service, or do what the one argument says."""
+    if list(arguments) in (["--help"], ["-h"]):
+        _print_help()
+        sys.exit(0)
+    if list(arguments) not in ([], ["--check"]):
+        print(f"Unknown arguments: {' '.join(arguments)}; try --help.", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    try:
+        settings = config.load()
+        logs.configure(settings.log_level, settings.log_format)
+        service = Service(settings)
+        if arguments:
+            print("The settings are fine.")
+            sys.exit(0)
+        service.start()
+    except errors.ConfigError as exc:
+        print("\n".join(exc.problems), file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    _greet(service, settings)
+    code = service.run()
+    logging.shutdown()
+    os._exit(code)  # daemon threads may hold on to an analysis: nobody waits for them
+
+
+def _new_job(payload: intake.Payload, policy: outbound.Policy) -> model.Job:
+    receiver = ""
+    if payload.postback_url is not None:
+        policy.check(payload.postback_url)
+        receiver = outbound.origin(payload.postback_url)
+    return model.new_job(
+        postback_url=payload.postback_url, receiver=receiver, forwarded=payload.forwarded
+    )
+
+
+def _summary(job: model.Job) -> dict[str, Any]:
+    def text(name: str) -> str | None:
+        instant = getattr(job, name)
+        return instant and model.text_of(instant)
+
+    return {
+        "id": job.id,
+        "state": job.state,
+        "outcome": job.outcome,
+        "postback_url": job.postback_url,
+        "starts": job.starts,
+        "attempts_made": job.attempts,
+        **{
+            name: text(name)
+            for name in ("created_at", "started_at", "finished_at", "next_attempt_at", "ended_at")
+        },
+    }
+
+
+def _limit() -> int:
+    text = bottle.request.query.get("limit", str(PAGE))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_PAGE):
+        raise errors.MalformedError(f"limit must be a whole number from 1 to {MAX_PAGE}.")
+    return int(text)
+
+
+def _own_url(host: str, port: int) -> str:
+    """Return the URL under which this machine reaches the service."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is replaced
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _greet(service: Service, settings: Config) -> None:
+    token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
+    print(f"Postback listens on {service.base_url}")
+    print(f"Results are posted to {service.postback_url}")
+    print(
+        f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
+        """-d '{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'""",
+        flush=True,
+    )
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_token:
+        log.warning("anyone can send jobs: set API_TOKEN", extra={"host": settings.host})
+
+
+def _print_to_terminal(text: str) -> None:
+    if sys.stdout.isatty():
+        print(text, flush=True)
+
+
+def _print_help() -> None:
+    print(f"{__doc__}\nSettings, as environment variables:\n")
+    for name, default, meaning in config.table():
+        print(f"  {name:<20} {default:<26} {meaning}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,536 @@
+"""The durable record of jobs, events, attempts and received postbacks; all SQL but the schema.
+
+One statement a method where it can be. A move is one conditional UPDATE: no row changed means that
+another thread was first, or that the state does not allow it.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from jobs import errors, model
+from jobs.model import Outcome, State
+from jobs.storage import Storage
+
+_SCHEMA_PATH = Path(__file__).with_name("schema.sql")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A postback that the built-in receiver has.
+
+    Attributes:
+        signature: "good", or "none" where no secret is configured.
+        body: The event, as it came.
+    """
+
+    webhook_id: str
+    received_at: datetime
+    signature: str
+    body: bytes
+
+
+class Journal:
+    """The record. Every method may be called from any thread, and raises JournalError."""
+
+    def __init__(self, path: Path, *, on_lost: Callable[[], None]) -> None:
+        schema = _SCHEMA_PATH.read_text(encoding="utf-8")
+        self._storage = Storage(path, schema=schema, on_lost=on_lost)
+
+    def open(self) -> None:
+        """Open the file, alone.
+
+        Raises:
+            ConfigError: It is in use, damaged, not ours, newer, or cannot be written.
+        """
+        self._storage.open()
+
+    def close(self) -> None:
+        """Let the file go, folded into one."""
+        self._storage.close()
+
+    @property
+    def failure(self) -> errors.JournalError | None:
+        """Why the last commit failed; None when it did not."""
+        return self._storage.failure
+
+    def probe(self) -> None:
+        """Write nothing of meaning, to see whether the journal can be written again."""
+        self._storage.write(lambda connection: connection.execute(_PROBE))
+
+    # Accept
+
+    def accept(
+        self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str
+    ) -> str:
+        """Commit a job, durably, and return its id, or that of the job first sent with this key.
+
+        Raises:
+            KeyReusedError: The key came with another body.
+        """
+        row = {
+            "id": job.id,
+            "postback_url": job.postback_url,
+            "receiver": job.receiver,
+            "created_at": model.text_of(job.created_at),
+            "forwarded": json.dumps(dict(job.forwarded)),
+            "idempotency_key": idempotency_key,
+            "body_sha256": idempotency_key and body_sha256,
+        }
+
+        def work(connection: sqlite3.Connection) -> str:
+            inserted = connection.execute(_ACCEPT, row)
+            if not inserted.rowcount:
+                return _same_body(connection.execute(_BY_KEY, row).fetchone(), body_sha256)
+            connection.execute(_KEEP_PAYLOAD, {"seq": inserted.lastrowid, "body": body})
+            return job.id
+
+        return self._storage.write(work, durable=True)
+
+    def accepted_before(self, idempotency_key: str, *, body_sha256: str) -> str | None:
+        """Return the id of the job that was sent with this key, if there is one.
+
+        Raises:
+            KeyReusedError: It came with another body.
+        """
+        rows = self._storage.read(_BY_KEY, {"idempotency_key": idempotency_key})
+        return _same_body(rows[0], body_sha256) if rows else None
+
+    # Run
+
+    def claim(self, *, now: datetime) -> tuple[model.Job, bytes] | None:
+        """Begin the oldest accepted job: return it with its body, or None when none waits."""
+        return self._storage.write(lambda connection: _begun(connection, _CLAIM, now=now))
+
+    def begin_again(self, job_id: str, *, now: datetime) -> tuple[model.Job, bytes] | None:
+        """Begin a suspect again: return it with its body, or None when it has moved on."""
+        return self._storage.write(
+            lambda connection: _begun(connection, _BEGIN_AGAIN, now=now, job_id=job_id)
+        )
+
+    def end(
+        self,
+        job: model.Job,
+        outcome: Outcome,
+        event: model.Event,
+        *,
+        finished_at: datetime,
+        due_at: datetime | None,
+        source: State,
+    ) -> None:
+        """Store how a job's analysis ended, and its event: the job is now `delivering`.
+
+        Args:
+            due_at: When its first attempt is due; None when the caller makes it now.
+            source: The state it must come from.
+
+        Raises:
+            MoveError: It is in another; nothing was changed.
+        """
+        row = {
+            "id": job.id,
+            "outcome": outcome,
+            "finished_at": model.text_of(finished_at),
+            "next_attempt_at": due_at and model.text_of(due_at),
+            "source": source,
+        }
+
+        def work(connection: sqlite3.Connection) -> None:
+            seq = _moved(connection, _END, row, wanted=State.DELIVERING)
+            stored = {"seq": seq, "body": event.body, "result": event.result}
+            connection.execute(_KEEP_EVENT, stored)
+
+        self._storage.write(work)
+
+    def put_back(self, job_ids: Iterable[str]) -> int:
+        """Return begun jobs to `accepted`, as if they had not been; return how many there were."""
+        parameters = {"ids": json.dumps(list(job_ids))}
+        return self._storage.write(lambda conn: conn.execute(_PUT_BACK, parameters).rowcount)
+
+    # Deliver
+
+    def earliest_attempts(self) -> list[tuple[str, datetime]]:
+        """Return each receiver for which attempts are due or will be, and when its next one is."""
+        rows = self._storage.read(_EARLIEST_ATTEMPTS, {})
+        return [(row["receiver"], datetime.fromisoformat(row["due_at"])) for row in rows]
+
+    def claim_due(
+        self, receiver: str, *, now: datetime, limit: int
+    ) -> list[tuple[model.Job, bytes]]:
+        """Take the attempts for one receiver that are due, with their events."""
+        parameters = {"receiver": receiver, "limit": limit, "now": model.text_of(now)}
+
+        def work(connection: sqlite3.Connection) -> list[tuple[model.Job, bytes]]:
+            rows = connection.execute(_CLAIM_DUE, parameters).fetchall()
+            return [(_job(row), _large(connection, _EVENT, row)) for row in rows]
+
+        return self._storage.write(work)
+
+    def record(self, job: model.Job, attempt: model.Attempt, *, now: datetime) -> State:
+        """Store an attempt and what follows from it; return the state the job has now.
+
+        Raises:
+            MoveError: The job is not `delivering`, or its attempt was recorded already.
+        """
+        state, next_at, ended_at = _after(attempt, now)
+        row = {
+            "id": job.id,
+            "state": state,
+            "number": attempt.number,
+            "next_attempt_at": next_at,
+            "ended_at": ended_at,
+            "attempted_at": model.text_of(attempt.attempted_at),
+            "duration_seconds": round(attempt.duration_seconds, 6),
+            "status_code": attempt.status_code,
+            "error": attempt.error,
+        }
+
+        def work(connection: sqlite3.Connection) -> None:
+            seq = _moved(connection, _RECORD, row, wanted=state)
+            connection.execute(_KEEP_ATTEMPT, {**row, "seq": seq})
+
+        self._storage.write(work)
+        return state
+
+    def put_off(self, job_id: str, *, until: datetime) -> None:
+        """Make an attempt that was taken, but not made, due at a later time."""
+        row = {"id": job_id, "until": model.text_of(until)}
+        self._storage.write(lambda connection: connection.execute(_PUT_OFF, row))
+
+    def advance(self, *, latest: datetime) -> int:
+        """Bring forward attempts that are due later than any schedule allows; return how many.
+
+        Their times were set before the clock was set back.
+        """
+        parameters = {"latest": model.text_of(latest)}
+        return self._storage.write(lambda conn: conn.execute(_ADVANCE, parameters).rowcount)
+
+    def resend(self, job_id: str, *, now: datetime) -> None:
+        """Make an ended job's event due again, with the whole schedule before it.
+
+        Raises:
+            MoveError: It is not `delivered` or `undelivered`.
+            JobNotFoundError: There is no such job.
+        """
+        row = {"id": job_id, "next_attempt_at": model.text_of(now)}
+        self._storage.write(
+            lambda connection: _moved(connection, _RESEND, row, wanted=State.DELIVERING),
+            durable=True,
+        )
+
+    # Resume and prune
+
+    def resume(self, *, now: datetime) -> tuple[list[model.Job], int]:
+        """Make attempts due that were under way when the process ended.
+
+        Returns:
+            The suspects, the least often begun first, and how many accepted jobs wait.
+        """
+
+        def work(connection: sqlite3.Connection) -> tuple[list[model.Job], int]:
+            connection.execute(_RESUME_ATTEMPTS, {"now": model.text_of(now)})
+            suspects = connection.execute(_SUSPECTS).fetchall()
+            return [_job(row) for row in suspects], connection.execute(_WAITING).fetchone()[0]
+
+        return self._storage.write(work)
+
+    def count_unfinished(self) -> int:
+        """Return how many jobs are not delivered or undelivered."""
+        return int(self._storage.read(_UNFINISHED, {})[0][0])
+
+    def prune(self, *, before: datetime, limit: int) -> int:
+        """Remove at most `limit` jobs that ended, and as many received postbacks, of before.
+
+        Returns:
+            How many rows were removed.
+        """
+        parameters = {"before": model.text_of(before), "limit": limit}
+
+        def work(connection: sqlite3.Connection) -> int:
+            jobs = connection.execute(_PRUNE_JOBS, parameters).rowcount
+            return jobs + connection.execute(_PRUNE_RECEIVED, parameters).rowcount
+
+        return self._storage.write(work)
+
+    # Look
+
+    def job(self, job_id: str) -> model.Job:
+        """Return one job.
+
+        Raises:
+            JobNotFoundError: There is none.
+        """
+        return _job(self._row(_JOB, job_id))
+
+    def detail(self, job_id: str) -> tuple[model.Job, bytes, model.Event | None]:
+        """Return a job with the body it came in, and its event where there is one.
+
+        Raises:
+            JobNotFoundError: There is none.
+        """
+        row = self._row(_DETAIL, job_id)
+        event = row["event"] and model.Event(body=row["event"], result=row["result"])
+        return _job(row), row["body"], event
+
+    def page(self, *, state: State | None, limit: int, before: str | None) -> list[model.Job]:
+        """Return jobs, newest first, without their payloads and results.
+
+        Args:
+            state: Only these.
+            limit: At most so many.
+            before: Only those accepted before the job with this id.
+        """
+        parameters = {"state": state, "limit": limit, "before": before}
+        statement = _PAGE if state is None else _PAGE_OF_STATE
+        return [_job(row) for row in self._storage.read(statement, parameters)]
+
+    def attempts(self, job_id: str) -> list[dict[str, Any]]:
+        """Return every attempt of a job, as it is shown, the first first."""
+        return [dict(row) for row in self._storage.read(_ATTEMPTS, {"id": job_id})]
+
+    # The built-in receiver
+
+    def receive(self, postback: Received) -> bool:
+        """Commit a received postback, durably; return whether its webhook-id is new."""
+        row = {
+            "webhook_id": postback.webhook_id,
+            "received_at": model.text_of(postback.received_at),
+            "signature": postback.signature,
+            "body": postback.body,
+        }
+        return self._storage.write(
+            lambda connection: connection.execute(_RECEIVE, row).rowcount == 1, durable=True
+        )
+
+    def received(self, *, limit: int) -> list[Received]:
+        """Return what was received, newest first."""
+        return [
+            Received(
+                webhook_id=row["webhook_id"],
+                received_at=datetime.fromisoformat(row["received_at"]),
+                signature=row["signature"],
+                body=row["body"],
+            )
+            for row in self._storage.read(_RECEIVED, {"limit": limit})
+        ]
+
+    def _row(self, statement: str, job_id: str) -> sqlite3.Row:
+        rows = self._storage.read(statement, {"id": job_id})
+        if not rows:
+            raise errors.JobNotFoundError(job_id)
+        return rows[0]
+
+
+def _job(row: sqlite3.Row) -> model.Job:
+    outcome = row["outcome"]
+    return model.Job(
+        id=row["id"],
+        state=State(row["state"]),
+        outcome=Outcome(outcome) if outcome else None,
+        postback_url=row["postback_url"],
+        receiver=row["receiver"],
+        starts=row["starts"],
+        created_at=datetime.fromisoformat(row["created_at"]),
+        started_at=_instant(row["started_at"]),
+        finished_at=_instant(row["finished_at"]),
+        next_attempt_at=_instant(row["next_attempt_at"]),
+        ended_at=_instant(row["ended_at"]),
+        attempts=row["attempts"],
+        resent_after=row["resent_after"],
+        forwarded=json.loads(row["forwarded"]),
+    )
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _same_body(row: sqlite3.Row, body_sha256: str) -> str:
+    if row["body_sha256"] != body_sha256:
+        raise errors.KeyReusedError(
+            "This Idempotency-Key was used with another body: send a new key with a new payload."
+        )
+    return str(row["id"])
+
+
+def _begun(
+    connection: sqlite3.Connection, statement: str, *, now: datetime, job_id: str | None = None
+) -> tuple[model.Job, bytes] | None:
+    rows = connection.execute(statement, {"now": model.text_of(now), "id": job_id}).fetchall()
+    return (_job(rows[0]), _large(connection, _PAYLOAD, rows[0])) if rows else None
+
+
+def _large(connection: sqlite3.Connection, statement: str, row: sqlite3.Row) -> bytes:
+    return bytes(connection.execute(statement, {"seq": row["seq"]}).fetchone()[0])
+
+
+def _moved(
+    connection: sqlite3.Connection, statement: str, row: Mapping[str, Any], *, wanted: State
+) -> int:
+    """Make a move and return the job's row number."""
+    moved = connection.execute(statement, row).fetchall()
+    if moved:
+        return int(moved[0]["seq"])
+    found = connection.execute(_JOB, row).fetchone()
+    if found is None:
+        raise errors.JobNotFoundError(row["id"])
+    raise errors.MoveError(row["id"], state=found["state"], wanted=wanted)
+
+
+def _after(attempt: model.Attempt, now: datetime) -> tuple[State, str | None, str | None]:
+    """Return the state after an attempt, when the next is due, and when the job ended."""
+    if attempt.delivered:
+        return State.DELIVERED, None, model.text_of(now)
+    if attempt.seconds_until_next is None:
+        return State.UNDELIVERED, None, model.text_of(now)
+    next_at = now + timedelta(seconds=attempt.seconds_until_next)
+    return State.DELIVERING, model.text_of(next_at), None
+
+
+_PROBE = "UPDATE jobs SET state = state WHERE seq = -1"
+
+_ACCEPT = """
+    INSERT INTO jobs (id, state, postback_url, receiver, created_at, forwarded,
+                      idempotency_key, body_sha256)
+    VALUES (:id, 'accepted', :postback_url, :receiver, :created_at, :forwarded,
+            :idempotency_key, :body_sha256)
+    ON CONFLICT (idempotency_key) DO NOTHING
+"""
+
+_BY_KEY = "SELECT id, body_sha256 FROM jobs WHERE idempotency_key = :idempotency_key"
+
+_KEEP_PAYLOAD = "INSERT INTO payloads (seq, body) VALUES (:seq, :body)"
+
+_PAYLOAD = "SELECT body FROM payloads WHERE seq = :seq"
+
+_CLAIM = """
+    UPDATE jobs SET state = 'running', starts = starts + 1, started_at = :now
+     WHERE seq = (SELECT min(seq) FROM jobs WHERE state = 'accepted')
+    RETURNING *
+"""
+
+_BEGIN_AGAIN = """
+    UPDATE jobs SET starts = starts + 1, started_at = :now
+     WHERE id = :id AND state = 'running'
+    RETURNING *
+"""
+
+_END = """
+    UPDATE jobs SET state = 'delivering', outcome = :outcome, finished_at = :finished_at,
+                    next_attempt_at = :next_attempt_at
+     WHERE id = :id AND state = :source
+    RETURNING seq
+"""
+
+_KEEP_EVENT = "INSERT INTO events (seq, body, result) VALUES (:seq, :body, :result)"
+
+_EVENT = "SELECT body FROM events WHERE seq = :seq"
+
+# A planned stop is not held against a job.
+_PUT_BACK = """
+    UPDATE jobs SET state = 'accepted', starts = starts - 1, started_at = NULL
+     WHERE id IN (SELECT value FROM json_each(:ids)) AND state = 'running'
+"""
+
+_EARLIEST_ATTEMPTS = "SELECT receiver, due_at FROM receivers WHERE due_at IS NOT NULL"
+
+_CLAIM_DUE = """
+    UPDATE jobs SET next_attempt_at = NULL
+     WHERE seq IN (SELECT seq FROM jobs
+                    WHERE state = 'delivering' AND receiver = :receiver
+                      AND next_attempt_at <= :now
+                    ORDER BY next_attempt_at LIMIT :limit)
+    RETURNING *
+"""
+
+# The attempt's number guards against recording it twice.
+_RECORD = """
+    UPDATE jobs SET state = :state, attempts = :number, next_attempt_at = :next_attempt_at,
+                    ended_at = :ended_at
+     WHERE id = :id AND state = 'delivering' AND attempts = :number - 1
+    RETURNING seq
+"""
+
+_KEEP_ATTEMPT = """
+    INSERT INTO attempts (seq, number, attempted_at, duration_seconds, status_code, error)
+    VALUES (:seq, :number, :attempted_at, :duration_seconds, :status_code, :error)
+"""
+
+_PUT_OFF = """
+    UPDATE jobs SET next_attempt_at = :until
+     WHERE id = :id AND state = 'delivering'
+"""
+
+_ADVANCE = """
+    UPDATE jobs SET next_attempt_at = :latest
+     WHERE state = 'delivering' AND next_attempt_at > :latest
+"""
+
+_RESEND = """
+    UPDATE jobs SET state = 'delivering', next_attempt_at = :next_attempt_at, ended_at = NULL,
+                    resent_after = attempts
+     WHERE id = :id AND state IN ('delivered', 'undelivered')
+    RETURNING seq
+"""
+
+_RESUME_ATTEMPTS = """
+    UPDATE jobs SET next_attempt_at = :now WHERE state = 'delivering' AND next_attempt_at IS NULL
+"""
+
+_SUSPECTS = "SELECT * FROM jobs WHERE state = 'running' ORDER BY starts, seq"
+
+_WAITING = "SELECT count(*) FROM jobs WHERE state = 'accepted'"
+
+_UNFINISHED = """
+    SELECT count(*) FROM jobs WHERE state IN ('accepted', 'running', 'delivering')
+"""
+
+_PRUNE_JOBS = """
+    DELETE FROM jobs
+     WHERE seq IN (SELECT seq FROM jobs WHERE ended_at < :before ORDER BY ended_at LIMIT :limit)
+"""
+
+_PRUNE_RECEIVED = """
+    DELETE FROM received
+     WHERE seq IN (SELECT seq FROM received WHERE received_at < :before
+                    ORDER BY received_at LIMIT :limit)
+"""
+
+_JOB = "SELECT * FROM jobs WHERE id = :id"
+
+_DETAIL = """
+    SELECT jobs.*, payloads.body, events.body AS event, events.result
+      FROM jobs JOIN payloads USING (seq) LEFT JOIN events USING (seq)
+     WHERE id = :id
+"""
+
+_PAGE = """
+    SELECT * FROM jobs
+     WHERE seq < coalesce((SELECT seq FROM jobs WHERE id = :before), 9223372036854775807)
+     ORDER BY seq DESC LIMIT :limit
+"""
+
+_PAGE_OF_STATE = """
+    SELECT * FROM jobs
+     WHERE state = :state
+       AND seq < coalesce((SELECT seq FROM jobs WHERE id = :before), 9223372036854775807)
+     ORDER BY seq DESC LIMIT :limit
+"""
+
+_ATTEMPTS = """
+    SELECT number, attempted_at, round(duration_seconds, 3) AS duration_seconds, status_code, error
+      FROM attempts JOIN jobs USING (seq)
+     WHERE jobs.id = :id ORDER BY number
+"""
+
+_RECEIVE = """
+    INSERT INTO received (webhook_id, received_at, signature, body)
+    VALUES (:webhook_id, :received_at, :signature, :body)
+    ON CONFLICT (webhook_id) DO NOTHING
+"""
+
+_RECEIVED = "SELECT * FROM received ORDER BY seq DESC LIMIT :limit"

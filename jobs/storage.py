@@ -1,0 +1,318 @@
+"""One SQLite file, held by one process: opened with checks, written in shared commits.
+
+Knows how the file is opened, what its errors mean, and when a commit is durable. Threads that write
+at the same moment share one transaction: whoever gets the lock first commits for all who wait, so
+no writer thread is needed, and a lone write costs no hand-over at all.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+from jobs import errors
+
+#: Marks the file as ours: "Post" in ASCII.
+APPLICATION_ID = 0x506F7374
+
+#: The schema this code reads and writes. A newer file is refused.
+SCHEMA_VERSION = 1
+
+#: After a burst the write-ahead log shrinks to this many bytes.
+WAL_LIMIT_BYTES = 64 * 1024 * 1024
+
+#: Set on the connection and read back: SQLite ignores what it cannot do.
+PRAGMAS: Mapping[str, str | int] = {
+    # No other connection: no shared memory, and nobody else checkpoints (before 3.51.3 that could
+    # lose commits, https://sqlite.org/wal.html#walresetbug).
+    "locking_mode": "exclusive",
+    "journal_mode": "wal",
+    "foreign_keys": 1,
+    "journal_size_limit": WAL_LIMIT_BYTES,
+}
+
+#: After these nobody knows what is on the disk: only a restart that reads it again can tell.
+#: A failed fsync in particular may not be repeated (https://danluu.com/fsyncgate/).
+LOST = (
+    "SQLITE_IOERR_FSYNC",
+    "SQLITE_IOERR_DIR_FSYNC",
+    "SQLITE_IOERR_READ",
+    "SQLITE_IOERR_SHORT_READ",
+    "SQLITE_CORRUPT",
+    "SQLITE_NOTADB",
+)
+
+log = logging.getLogger("postback")
+
+T = TypeVar("T")
+
+
+class Storage:
+    """The file, its lock and its one connection.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, path: Path, *, schema: str, on_lost: Callable[[], None]) -> None:
+        self._path = path
+        self._schema = schema
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._waiting: deque[_Write[Any]] = deque()
+        self._synchronous = ""
+        self._failure: errors.JournalError | None = None
+        self._lock_file: IO[str] | None = None
+
+    def open(self) -> None:
+        """Lock the file, open it, check it, and lay the tables in a new one.
+
+        Raises:
+            ConfigError: It is in use, damaged, not ours, newer, or cannot be written.
+        """
+        try:
+            self._lock_file, holder = _lock(self._path)
+            _refuse_emptied(self._path, holder)
+            self._connection = _connect(self._path)
+            self._prepare()
+            self._inode = _inode(self._path)
+            _sign(self._lock_file, f"{os.getpid()}{_SINCE}{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        except (OSError, sqlite3.Error) as exc:
+            self.close()
+            raise _refusal(self._path, f"cannot be opened: {exc}") from exc
+        except errors.ConfigError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let it go. May be called twice."""
+        with self._lock:
+            if connection := getattr(self, "_connection", None):
+                connection.close()
+                del self._connection
+            if self._lock_file:
+                self._lock_file.close()
+                self._lock_file = None
+
+    @property
+    def failure(self) -> errors.JournalError | None:
+        """Why the last commit failed; None when it did not."""
+        return self._failure
+
+    def read(self, statement: str, parameters: Mapping[str, Any]) -> list[sqlite3.Row]:
+        """Return the rows of a SELECT.
+
+        Raises:
+            JournalError: The file cannot be read.
+        """
+        with self._lock:
+            try:
+                return self._open_connection().execute(statement, parameters).fetchall()
+            except sqlite3.Error as exc:
+                raise self._failed(exc) from exc
+
+    def write(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
+        """Run `work` inside a transaction and return what it returned, once that is committed.
+
+        Args:
+            work: Changes rows. It may share its transaction with others, so an error of ours is
+                raised only before its first change.
+            durable: Whether the commit must survive a power cut (one fsync, shared by all who
+                commit together). Without, it survives the end of the process.
+
+        Raises:
+            JournalError: Nothing was committed.
+        """
+        write = _Write(work, durable=durable)
+        self._waiting.append(write)
+        with self._lock:
+            if not write.ended:
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                self._commit(batch)
+        return write.outcome()
+
+    def _commit(self, batch: "list[_Write[Any]]") -> None:
+        try:
+            self._transact(batch)
+        except Exception as exc:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            error = self._failed(exc) if isinstance(exc, sqlite3.Error) else exc
+            self._roll_back()
+            if len(batch) == 1 or isinstance(error, errors.JournalLostError):
+                for write in batch:
+                    write.fail(error)
+            else:  # one of them spoiled it: each alone
+                for write in batch:
+                    self._commit([write])
+
+    def _transact(self, batch: "list[_Write[Any]]") -> None:
+        connection = self._open_connection()
+        self._refuse_replaced()
+        self._synchronise("FULL" if any(write.durable for write in batch) else "NORMAL")
+        connection.execute("BEGIN IMMEDIATE")
+        for write in batch:
+            write.run(connection)
+        connection.execute("COMMIT")
+        for write in batch:
+            write.ended = True
+        if self._failure:
+            self._failure = None
+            log.warning("journal recovered")
+
+    def _roll_back(self) -> None:
+        connection: sqlite3.Connection | None = getattr(self, "_connection", None)
+        if connection and connection.in_transaction:  # after SQLITE_FULL it no longer is
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+
+    def _synchronise(self, level: str) -> None:
+        if level != self._synchronous:  # cannot be changed inside a transaction
+            self._connection.execute(_SYNCHRONOUS[level])
+            self._synchronous = level
+
+    def _open_connection(self) -> sqlite3.Connection:
+        if isinstance(self._failure, errors.JournalLostError):
+            raise self._failure
+        if not hasattr(self, "_connection"):
+            raise errors.JournalError("The journal is closed: the service is stopping.")
+        return self._connection
+
+    def _refuse_replaced(self) -> None:
+        # SQLite goes on writing to a file that was removed.
+        if _inode(self._path) != self._inode:
+            raise self._lost(f"The journal {self._path} was removed or replaced.")
+
+    def _failed(self, exc: sqlite3.Error) -> errors.JournalError:
+        name = getattr(exc, "sqlite_errorname", "")
+        if name.startswith(LOST):
+            return self._lost(f"The journal can no longer be trusted: {exc} ({name}).")
+        message = f"The journal cannot be used now: {exc} ({name or type(exc).__name__})."
+        if self._failure is None:
+            log.error("journal failed", extra={"error": str(exc), "code": name})
+        self._failure = errors.JournalError(message)
+        return self._failure
+
+    def _lost(self, message: str) -> errors.JournalLostError:
+        lost = errors.JournalLostError(message)
+        self._failure = lost
+        log.critical("journal lost", extra={"error": message})
+        self._on_lost()
+        return lost
+
+    def _prepare(self) -> None:
+        self._connection.row_factory = sqlite3.Row
+        for name, wanted in PRAGMAS.items():
+            self._set_pragma(name, wanted)
+        version = self._refuse_foreign()
+        damage = self._value("PRAGMA quick_check(1)")
+        if damage != "ok":
+            raise _refusal(self._path, f"is damaged ({damage}): restore a backup")
+        if version == 0:
+            self._connection.executescript(f"BEGIN; {self._schema} {_STAMP} COMMIT;")
+
+    def _set_pragma(self, name: str, wanted: str | int) -> None:
+        self._connection.execute(f"PRAGMA {name} = {wanted}")
+        got = self._value(f"PRAGMA {name}")
+        if got != wanted:
+            raise _refusal(self._path, f"cannot use {name}={wanted} here, only {got}")
+
+    def _refuse_foreign(self) -> int:
+        """Return the schema's version, 0 in a new file."""
+        owner, version = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
+        tables = self._value("SELECT count(*) FROM sqlite_schema")
+        if tables and owner != APPLICATION_ID:
+            raise _refusal(self._path, "is a database of another program: name another file")
+        if version > SCHEMA_VERSION:
+            text = f"was written by a newer version (schema {version}, this reads {SCHEMA_VERSION})"
+            raise _refusal(self._path, text)
+        return int(version)
+
+    def _value(self, statement: str) -> Any:
+        return self._connection.execute(statement).fetchone()[0]
+
+
+class _Write(Generic[T]):
+    """One thread's part of a shared commit."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T], *, durable: bool) -> None:
+        self.work = work
+        self.durable = durable
+        self.ended = False
+        self._error: Exception | None = None
+
+    def run(self, connection: sqlite3.Connection) -> None:
+        self._error = None
+        try:
+            self._result = self.work(connection)
+        except errors.Error as exc:  # raised before its first change: the others go on
+            self._error = exc
+
+    def fail(self, exc: Exception) -> None:
+        self._error = exc
+        self.ended = True
+
+    def outcome(self) -> T:
+        if self._error:
+            raise self._error
+        return self._result
+
+
+#: In the lock file, after the pid: this journal was opened before.
+_SINCE = " since "
+
+_SYNCHRONOUS = {level: f"PRAGMA synchronous = {level}" for level in ("FULL", "NORMAL")}
+_STAMP = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.touch(mode=0o600)  # payloads are nobody else's business
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+
+
+def _lock(path: Path) -> tuple[IO[str], str]:
+    """Return the locked file, to be kept open, and what its last holder wrote in it.
+
+    It lies beside the journal and is never removed: closing any descriptor of the journal itself
+    would drop SQLite's own locks.
+    """
+    lock_file = Path(f"{path}.lock").open("a+", encoding="ascii")  # noqa: SIM115 - held until close
+    lock_file.seek(0)
+    holder = lock_file.read()
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        lock_file.close()
+        text = f"is in use by another instance, pid {holder}: stop it, or name another file"
+        raise _refusal(path, text) from exc
+    # Until the tables are laid it keeps telling whether they ever were.
+    _sign(lock_file, str(os.getpid()) + (_SINCE if _SINCE in holder else ""))
+    return lock_file, holder
+
+
+def _sign(lock_file: IO[str], holder: str) -> None:
+    lock_file.truncate(0)
+    lock_file.write(holder)
+    lock_file.flush()
+
+
+def _refuse_emptied(path: Path, holder: str) -> None:
+    if _SINCE in holder and path.exists() and path.stat().st_size == 0:
+        text = f"is empty, and was not: restore a backup, or remove it and {path}.lock"
+        raise _refusal(path, text)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refusal(path: Path, text: str) -> errors.ConfigError:
+    return errors.ConfigError([f"JOURNAL={str(path)!r}: {text}"])

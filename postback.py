@@ -1,0 +1,297 @@
+"""One postback attempt: what is sent, what counts as success, when to try again.
+
+Open this file to see or to change what a receiver gets. Which receivers may be reached, and how
+an attempt is ended in time, is in `web/outbound.py`.
+"""
+
+import contextlib
+import email.utils
+import http
+import http.client
+import random
+import re
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import requests
+import requests.adapters
+
+from jobs import errors, model
+from web import outbound, signatures
+
+VERSION = "0.1.0"
+
+#: A receiver may put off the next attempt by as much, in seconds.
+MAX_RETRY_AFTER_SECONDS = 3600.0
+
+#: Each wait is made shorter or longer by up to this part of it, or all jobs come back at once.
+JITTER = 0.2
+
+#: As much of an answer is read, in bytes: only to keep the connection. What it says is not used.
+MAX_ANSWER_BYTES = 4096
+
+#: As many attempts to one receiver may be under way and keep their connections.
+MAX_CONNECTIONS = 256
+
+#: What the operator reads for a failure; the first line that fits. Never the receiver's own words.
+_PHRASES: tuple[tuple[type[Exception], str], ...] = (
+    (errors.ReceiverRefusedError, "refused: {0}"),
+    (ssl.SSLCertVerificationError, "certificate refused: {0.verify_message}"),
+    (ssl.SSLError, "TLS failed: {0.reason}"),
+    (http.client.RemoteDisconnected, "connection closed without an answer"),
+    (http.client.HTTPException, "the answer is not proper HTTP"),
+)
+
+#: What the operator cannot set by POSTBACK_HEADERS.
+RESERVED_HEADERS = re.compile(
+    r"webhook-.*|content-.*|host|transfer-encoding|connection|accept-encoding|user-agent"
+)
+
+
+def seconds_until_next(
+    number: int,
+    schedule: Sequence[float],
+    *,
+    retry_after_seconds: float | None = None,
+    random: Callable[[], float] = random.random,
+) -> float | None:
+    """Return how long to wait after a failed attempt, its jitter included; None: it was the last.
+
+    Args:
+        number: The attempt that failed; the first is 1.
+        schedule: Seconds to wait after attempt 1, 2, 3, ...
+        retry_after_seconds: The least to wait.
+        random: Gives a number from 0 to 1.
+    """
+    if number > len(schedule):
+        return None
+    backoff_seconds = schedule[number - 1] * (1 + JITTER * (2 * random() - 1))
+    return max(backoff_seconds, retry_after_seconds or 0.0)
+
+
+class Sender:
+    """Makes attempts, from as many threads at once as there are. One serves them all.
+
+    Args:
+        url: Where to, unless a caller named another place.
+        policy: Which URLs of callers are allowed; asked again at each attempt.
+        secrets: Sign the events; more than one while they are rotated, none for no signature.
+        headers: What the operator adds to each attempt; never instead of ours.
+        timeout_seconds: The wall clock of a whole attempt, whatever the receiver does.
+        schedule: Seconds to wait after attempt 1, 2, 3, ...
+        clock: Gives the aware instant that is signed.
+        random: Gives a number from 0 to 1, for the jitter.
+        ca_bundle: A file of certificates to trust in place of the usual ones.
+        resolve: From a host name to its addresses.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        policy: outbound.Policy,
+        secrets: Sequence[str],
+        headers: Mapping[str, str],
+        timeout_seconds: float,
+        schedule: Sequence[float],
+        clock: Callable[[], datetime] = model.utc_now,
+        random: Callable[[], float] = random.random,
+        ca_bundle: str | None = None,
+        resolve: outbound.Resolve = outbound.resolve,
+    ) -> None:
+        self._url = url
+        self._policy = policy
+        self._secrets = tuple(secrets)
+        self._headers = dict(headers)
+        self._timeout_seconds = timeout_seconds
+        self._schedule = tuple(schedule)
+        self._clock = clock
+        self._random = random
+        self._watchdog = outbound.Watchdog(timeout_seconds=timeout_seconds, resolve=resolve)
+        # Apart, so that no connection to a private address serves a caller's URL.
+        ca_path = ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH
+        self._adapters = {public_only: _Adapter(ca_path) for public_only in (False, True)}
+        #: No attempt is due later than this after another.
+        self.longest_wait_seconds = max(
+            MAX_RETRY_AFTER_SECONDS, *(seconds * (1 + JITTER) for seconds in self._schedule)
+        )
+
+    def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
+        """Send an event once, and tell how that went. Whatever happens, nothing is raised.
+
+        Args:
+            job: Its id is the webhook-id, the same for each attempt.
+            event: Sent byte for byte.
+        """
+        attempted_at, started = self._clock(), time.monotonic()
+        status_code: int | None = None
+        headers: Mapping[str, str] = {}
+        try:
+            public_only = job.postback_url is not None and self._policy.check(job.postback_url)
+            request = self._request(job, event, timestamp=attempted_at)
+            status_code, headers = self._send(request, public_only=public_only)
+            error = _fault(status_code)
+        except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
+            error = self._reason(exc)
+        final = error is None or _is_final(status_code, headers)
+        return model.Attempt(
+            number=job.attempts + 1,
+            attempted_at=attempted_at,
+            duration_seconds=time.monotonic() - started,
+            status_code=status_code,
+            error=error,
+            seconds_until_next=None if final else self._until_next(job, headers, attempted_at),
+        )
+
+    def _until_next(
+        self, job: model.Job, headers: Mapping[str, str], now: datetime
+    ) -> float | None:
+        return seconds_until_next(
+            job.attempts + 1 - job.resent_after,  # a resend has the whole schedule before it
+            self._schedule,
+            retry_after_seconds=_retry_after(headers, now),
+            random=self._random,
+        )
+
+    def close(self) -> None:
+        """Close the connections that are kept; attempts that are under way end by themselves."""
+        for adapter in self._adapters.values():
+            outbound.close_pools(adapter.poolmanager)
+        self._watchdog.close()
+
+    def _request(
+        self, job: model.Job, event: bytes, *, timestamp: datetime
+    ) -> requests.PreparedRequest:
+        """Build every attempt in this one place: id and bytes stay, time and signature are new."""
+        headers = requests.structures.CaseInsensitiveDict(self._headers)
+        headers.update(job.forwarded)
+        headers.update(
+            {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(event)),
+                "User-Agent": f"postback/{VERSION}",
+                "Accept-Encoding": "identity",
+                "webhook-id": job.id,
+                "webhook-timestamp": str(int(timestamp.timestamp())),
+                "webhook-attempt": str(job.attempts + 1),
+                "webhook-attempt-max": str(job.resent_after + len(self._schedule) + 1),
+            }
+        )
+        if self._secrets:
+            headers["webhook-signature"] = signatures.sign(
+                self._secrets, webhook_id=job.id, timestamp=timestamp, body=event
+            )
+        request = requests.PreparedRequest()
+        request.prepare_method("POST")
+        request.prepare_url(job.postback_url or self._url, None)
+        request.prepare_headers(headers)
+        request.body = event
+        return request
+
+    def _send(
+        self, request: requests.PreparedRequest, *, public_only: bool
+    ) -> tuple[int, Mapping[str, str]]:
+        """Return the status and the headers of an answer that came in time."""
+        with self._watchdog.guard(public_only=public_only) as guard:
+            # Not through a Session: it adds cookies, .netrc, proxies and half of the time.
+            response = self._adapters[public_only].send(
+                request, stream=True, timeout=self._timeout_seconds
+            )
+            try:
+                guard.check()
+                _keep_connection(response)
+            finally:
+                response.raw.close()
+            return response.status_code, response.headers
+
+    def _reason(self, exc: Exception) -> str:
+        cause = _cause(exc)
+        if isinstance(cause, TimeoutError):
+            return f"no answer within {self._timeout_seconds:g} s"
+        for kind, phrase in _PHRASES:
+            if isinstance(cause, kind):
+                return phrase.format(cause)[:200]
+        return str(getattr(cause, "strerror", None) or type(cause).__name__)[:200]
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Sends over the connections of `web/outbound.py`; takes no more of an answer than we use."""
+
+    def __init__(self, ca_path: str) -> None:
+        self._ca_path = ca_path
+        super().__init__(pool_connections=8, pool_maxsize=MAX_CONNECTIONS)
+
+    def init_poolmanager(self, connections: int, maxsize: int, *_: Any, **__: Any) -> None:
+        self.poolmanager = outbound.pool_manager(num_pools=connections, maxsize=maxsize)
+
+    def build_connection_pool_key_attributes(
+        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
+    ) -> Any:
+        host, tls = super().build_connection_pool_key_attributes(request, verify, cert)
+        if host["scheme"] == "https":
+            tls["ssl_context"] = outbound.tls_context(self._ca_path)
+        return host, tls
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Leave it to the TLS context, or the bundle is read for each connection."""
+
+    def build_response(self, req: Any, resp: Any) -> requests.Response:  # noqa: ARG002 - requests'
+        """Take status and headers only: cookies or an odd charset must not undo a delivery."""
+        response = requests.Response()
+        response.status_code = resp.status
+        response.headers = requests.structures.CaseInsensitiveDict(resp.headers)
+        response.raw = resp
+        return response
+
+
+def _keep_connection(response: requests.Response) -> None:
+    """Read the rest of a short answer, since only then its connection can be used again.
+
+    Whatever happens to it, the answer is here already: a failure must not undo a delivery.
+    """
+    if _is_success(response.status_code):
+        with contextlib.suppress(Exception):
+            response.raw.read(MAX_ANSWER_BYTES, decode_content=False)
+
+
+def _is_success(status_code: int) -> bool:
+    # Not Response.ok: requests calls every status below 400 ok, a redirect included.
+    return 200 <= status_code < 300
+
+
+def _fault(status_code: int) -> str | None:
+    """Return what is wrong with a status; None when it means delivered."""
+    if _is_success(status_code):
+        return None
+    # Our own words: the phrase of the answer is the receiver's.
+    phrase = http.client.responses.get(status_code, "")
+    redirect = ": redirects are not followed" if 300 <= status_code < 400 else ""
+    return f"{status_code} {phrase}".strip() + redirect
+
+
+def _is_final(status_code: int | None, headers: Mapping[str, str]) -> bool:
+    return status_code == 410 or headers.get("webhook-delivery") == "abort-message"
+
+
+def _retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Return the seconds a Retry-After asks for; None when there is none that makes sense."""
+    text = headers.get("retry-after", "")
+    if re.fullmatch(r"[0-9]+", text):
+        return min(float(text), MAX_RETRY_AFTER_SECONDS)
+    try:
+        at = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    seconds = (at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
+
+
+def _cause(exc: BaseException) -> BaseException:
+    """Return what is inside the wrappings of requests and urllib3."""
+    inner = exc.__cause__ or exc.__context__
+    if inner and isinstance(exc, requests.RequestException | outbound.LibraryError):
+        return _cause(inner)
+    return exc

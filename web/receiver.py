@@ -1,0 +1,163 @@
+"""The built-in receiver: verify, drop duplicates, store, list. Alone by `python -m web.receiver`.
+
+It answers 200 only after its commit, and 401 or 400, never 500, to garbage.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import bottle
+
+from jobs import errors, model
+from jobs.journal import Journal, Received
+from web import intake, logs, server, signatures
+
+#: Characters of an event that are shown where it is printed.
+MAX_SHOWN = 500
+
+
+class Receiver:
+    """Takes postbacks in, each once."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        secrets: Sequence[str],
+        max_body_bytes: int,
+        show: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], datetime] = model.utc_now,
+    ) -> None:
+        self._journal = journal
+        self._secrets = secrets
+        self._max_body_bytes = max_body_bytes
+        self._show = show
+        self._clock = clock
+
+    def receive(self) -> dict[str, str]:
+        """Answer POST /postprocessed: verify, commit, answer."""
+        environ = bottle.request.environ
+        body = intake.read_body(environ, max_bytes=self._max_body_bytes)
+        headers = _webhook_headers(environ)
+        now = self._clock()
+        if self._secrets:
+            signatures.verify(self._secrets, headers, body, now=now)
+        _check_event(body)
+        postback = Received(
+            webhook_id=headers.get("webhook-id") or hashlib.sha256(body).hexdigest(),
+            received_at=now,
+            signature="good" if self._secrets else "none",
+            body=body,
+        )
+        if not self._journal.receive(postback):
+            return {"status": "duplicate"}
+        self._show(f"postback received {postback.webhook_id} {body[:MAX_SHOWN].decode()}")
+        return {"status": "received"}
+
+    def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
+        """Answer GET /postprocessed: what was received, newest first."""
+        return {
+            "received": [
+                {
+                    "webhook_id": postback.webhook_id,
+                    "received_at": model.text_of(postback.received_at),
+                    "signature": postback.signature,
+                    "event": json.loads(postback.body),
+                }
+                for postback in self._journal.received(limit=limit)
+            ]
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a receiver alone, until it is told to stop."""
+    options = _options(arguments)
+    logs.configure("info", "text")
+    try:
+        _serve(options, _secrets(os.environ))
+    except errors.ConfigError as exc:
+        sys.exit(f"{exc}")
+
+
+def _serve(options: argparse.Namespace, secrets: Sequence[str]) -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    journal = Journal(options.journal, on_lost=lambda: os._exit(74))
+    journal.open()
+    listening = server.Server(
+        host=options.host, port=options.port, max_body_bytes=options.max_body_bytes
+    )
+    receiver = Receiver(
+        journal,
+        secrets=secrets,
+        max_body_bytes=options.max_body_bytes,
+        show=lambda text: print(text, flush=True),
+    )
+    application = server.Application()
+    application.serve("POST", "/postprocessed", receiver.receive)
+    application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
+    listening.start(application)
+    url = f"http://{options.host}:{listening.port}/postprocessed"
+    print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
+    stop.wait()
+    listening.stop()
+    journal.close()
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m web.receiver",
+        description="Receive postbacks and print them. POSTBACK_SECRET, when set, is verified.",
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8081, help="0 for any that is free")
+    parser.add_argument("--journal", type=Path, default=Path("received.db"))
+    parser.add_argument("--max-body-bytes", type=int, default=64 * 1024 * 1024)
+    return parser.parse_args(arguments)
+
+
+def _secrets(environment: Mapping[str, str]) -> list[str]:
+    secrets = environment.get("POSTBACK_SECRET", "").split()
+    for secret in secrets:
+        try:
+            signatures.check_secret(secret)
+        except ValueError as exc:
+            raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
+    return secrets
+
+
+def _check_event(body: bytes) -> None:
+    # Not as strict as for callers: what a sender's analysis returns is not ours to judge.
+    try:
+        event = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise errors.MalformedError(f"The event is not JSON in UTF-8: {exc}.") from exc
+    if not isinstance(event, dict):
+        raise errors.MalformedError("The event is not a JSON object.")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _webhook_headers(environ: Mapping[str, Any]) -> dict[str, str]:
+    prefix = "HTTP_WEBHOOK_"
+    return {
+        f"webhook-{name.removeprefix(prefix).lower()}": value
+        for name, value in environ.items()
+        if name.startswith(prefix)
+    }
+
+
+if __name__ == "__main__":
+    main()

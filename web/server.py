@@ -1,0 +1,168 @@
+"""The server, and what every answer has in common: limits, tokens, problems in JSON.
+
+Owns bottle's application object and waitress. What is refused is raised; here, and only here, it
+becomes an `application/problem+json` document (RFC 9457) with the status of the error.
+"""
+
+import hmac
+import json
+import logging
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import bottle
+import waitress
+from waitress import wasyncore
+
+from jobs import errors
+from web import intake
+
+#: The status of each error; a subclass stands before its base.
+STATUS_CODES: dict[type[errors.Error], int] = {
+    errors.MalformedError: 400,
+    errors.UnauthorizedError: 401,
+    errors.JobNotFoundError: 404,
+    errors.MoveError: 409,
+    errors.LengthRequiredError: 411,
+    errors.TooLargeError: 413,
+    errors.MediaTypeError: 415,
+    errors.KeyReusedError: 422,
+    errors.ReceiverRefusedError: 422,
+    errors.UnavailableError: 503,
+}
+
+#: What the framework itself refuses; its own words would repeat the URL.
+_DETAILS = {
+    404: "There is nothing at this path: see GET /openapi.json, or the README.",
+    405: "This path does not take this method: the header Allow names those it takes.",
+    500: "The service failed: what happened is in its log.",
+}
+
+#: Threads that answer requests. They wait for commits, and share them, so they may be many.
+THREADS = 32
+
+#: Connections at most; a half-sent request holds one until it has been silent for the timeout.
+CONNECTIONS = 2000
+SILENCE_SECONDS = 20
+
+#: Room above the largest body, so that ours is the rule which refuses it.
+HEADROOM_BYTES = 64 * 1024
+
+log = logging.getLogger("postback")
+
+Handler = Callable[..., Any]
+
+
+class Problem(bottle.HTTPError):  # type: ignore[misc]
+    """An answer that refuses, with a text that tells the caller what to do."""
+
+
+class Application(bottle.Bottle):  # type: ignore[misc]
+    """A bottle application that refuses in JSON only, and asks for the token."""
+
+    def __init__(self, api_token: str | None = None) -> None:
+        super().__init__()
+        self._api_token = api_token
+
+    def serve(self, method: str, path: str, handler: Handler, *, open_to_all: bool = False) -> None:
+        """Add a route. One that is open to all needs no token."""
+        self.route(path, method, self._guarded(handler, open_to_all=open_to_all))
+
+    def default_error_handler(self, res: bottle.HTTPError) -> str:
+        """Return the problem document of an answer that refuses."""
+        status_code = res.status_code
+        detail = res.body if isinstance(res, Problem) else _DETAILS.get(status_code, res.body)
+        bottle.response.content_type = "application/problem+json"
+        title = HTTPStatus(status_code).phrase
+        return json.dumps(
+            {"type": "about:blank", "title": title, "status": status_code, "detail": detail}
+        )
+
+    def _guarded(self, handler: Handler, *, open_to_all: bool) -> Handler:
+        """Wrap a handler: the token first, and then whatever it raises becomes a problem."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                if self._api_token is not None and not open_to_all:
+                    self._check_token(self._api_token)
+                return handler(*args, **kwargs)
+            except errors.Error as exc:
+                return problem(exc)
+            except Exception:
+                log.exception("request failed", extra={"path": bottle.request.route.rule})
+                return Problem(500, _DETAILS[500])
+
+        return guarded
+
+    def _check_token(self, expected: str) -> None:
+        given = intake.bearer_token(bottle.request.environ) or ""
+        if not hmac.compare_digest(given.encode(), expected.encode()):
+            raise errors.UnauthorizedError("Send the token as Authorization: Bearer <API_TOKEN>.")
+
+
+def problem(exc: errors.Error) -> Problem:
+    """Return the answer for an error."""
+    status_code = next(code for kind, code in STATUS_CODES.items() if isinstance(exc, kind))
+    answer = Problem(status_code, str(exc))
+    if isinstance(exc, errors.UnavailableError):
+        answer.set_header("Retry-After", str(exc.retry_after_seconds))
+    if isinstance(exc, errors.UnauthorizedError):
+        answer.set_header("WWW-Authenticate", "Bearer")
+    return answer
+
+
+class Server:
+    """A waitress server in a thread of its own. It listens from the first moment.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+
+    def __init__(self, *, host: str, port: int, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._socket = _listen(host, port)
+        self.port: int = self._socket.getsockname()[1]
+
+    def start(self, application: Application) -> None:
+        """Begin to answer."""
+        self._server = waitress.create_server(
+            application,
+            sockets=[self._socket],
+            threads=THREADS,
+            connection_limit=_connection_limit(),
+            asyncore_use_poll=True,  # select() fails at descriptor 1024
+            max_request_body_size=self._max_body_bytes + HEADROOM_BYTES,
+            max_request_header_size=32 * 1024,
+            channel_timeout=SILENCE_SECONDS,
+            cleanup_interval=5,
+            clear_untrusted_proxy_headers=True,
+            ident=None,
+        )
+        self._thread = threading.Thread(target=self._server.run, name="server", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close every connection, and end the threads that answer."""
+        sockets = self._server._map  # noqa: SLF001 - waitress has no other way to stop from outside
+        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
+        self._thread.join(SILENCE_SECONDS)
+        self._server.task_dispatcher.shutdown()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as exc:
+        text = f"HOST={host!r} PORT={port}: cannot listen there: {exc.strerror}"
+        raise errors.ConfigError([text]) from exc
+
+
+def _connection_limit() -> int:
+    """Return how many connections there may be: half of the descriptors are for other things."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(CONNECTIONS, descriptors // 2))
