@@ -37,12 +37,13 @@ class TextFormatter(logging.Formatter):
     """`2026-01-02T03:04:05.678Z INFO postback job accepted job_id=4f1c…`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line, a traceback below it."""
+        """Return one line; a traceback stands below it, indented."""
         values = "".join(f" {name}={_shown(value)}" for name, value in _values(record).items())
-        line = f"{_time(record)} {record.levelname} {record.name} {record.getMessage()}{values}"
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+        message = record.getMessage()
+        phrase = message if message.isprintable() else json.dumps(message)
+        line = f"{_time(record)} {record.levelname} {record.name} {phrase}{values}"
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        return "\n  ".join([line, *trace.splitlines()])
 
 
 class JSONFormatter(logging.Formatter):
