@@ -169,6 +169,7 @@ class Service:
 
         Raises:
             ConfigError: The journal or the address cannot be used.
+            JournalError: What is unfinished cannot be taken up.
         """
         settings = self._config
         self._journal.open()
@@ -273,8 +274,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
             sys.exit(0)
         service.catch_signals()
         service.start()
-    except errors.ConfigError as exc:
-        print("\n".join(exc.problems), file=sys.stderr)
+    except (errors.ConfigError, errors.JournalError) as exc:
+        print(exc, file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     _greet(service, settings)
     code = service.run()

@@ -173,12 +173,13 @@ class Storage:
         self._refuse_replaced()
         self._synchronise("FULL" if any(write.durable for write in batch) else "NORMAL")
         connection.execute("BEGIN IMMEDIATE")
+        changes = connection.total_changes
         for write in batch:
             write.run(connection)
         connection.execute("COMMIT")
         for write in batch:
             write.ended = True
-        if self._failure:
+        if self._failure and connection.total_changes > changes:  # else it wrote nothing
             self._failure = None
             log.warning("journal recovered")
 
