@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import bottle
@@ -25,7 +26,8 @@ from jobs import errors, model
 from jobs.executors import ThreadExecutor
 from jobs.journal import Journal
 from jobs.runner import Limits, Runner
-from web import intake, logs, outbound
+from web import intake, logs, metrics, outbound, page
+from web.metrics import Metrics
 from web.receiver import Receiver
 from web.server import Application, Server
 
@@ -41,6 +43,9 @@ MAX_PAGE = 1000
 #: Room in a posted event for all but its result.
 ENVELOPE_BYTES = 64 * 1024
 
+#: The description of the routes.
+OPENAPI_PATH = Path(__file__).with_name("web") / "openapi.json"
+
 log = logging.getLogger("postback")
 
 
@@ -48,12 +53,20 @@ class Api:
     """The routes. What is refused is raised, and becomes a problem in `web/server.py`."""
 
     def __init__(
-        self, *, config: Config, journal: Journal, runner: Runner, receiver: Receiver, base_url: str
+        self,
+        *,
+        config: Config,
+        journal: Journal,
+        runner: Runner,
+        receiver: Receiver,
+        metrics: Metrics,
+        base_url: str,
     ) -> None:
         self._config = config
         self._journal = journal
         self._runner = runner
         self._receiver = receiver
+        self._metrics = metrics
         self._base_url = base_url
 
     def application(self) -> Application:
@@ -69,6 +82,10 @@ class Api:
         app.serve("GET", "/postprocessed", self.received)
         app.serve("GET", "/livez", self.livez, open_to_all=True)
         app.serve("GET", "/readyz", self.readyz, open_to_all=True)
+        app.serve("GET", "/stats", self.stats)
+        app.serve("GET", "/metrics", self.metrics)
+        app.serve("GET", "/openapi.json", self.openapi)
+        page.add(app, base_url=self._base_url, needs_token=self._config.api_token is not None)
         return app
 
     def process(self) -> dict[str, str]:
@@ -152,6 +169,20 @@ class Api:
             raise refusal
         return {"status": "ready"}
 
+    def stats(self) -> dict[str, Any]:
+        """Answer GET /stats: the last hour, minute by minute, for the page."""
+        return {"minutes": self._metrics.hour()}
+
+    def metrics(self) -> bytes:
+        """Answer GET /metrics, in Prometheus' text format."""
+        bottle.response.content_type = metrics.CONTENT_TYPE
+        return self._metrics.text()
+
+    def openapi(self) -> bytes:
+        """Answer GET /openapi.json: the description of these routes."""
+        bottle.response.content_type = "application/json"
+        return OPENAPI_PATH.read_bytes()
+
 
 class Service:
     """Everything wired together, from the start to the stop."""
@@ -160,7 +191,13 @@ class Service:
         self._config = config
         self._happened: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._analyze = processing.load(config.analysis)
-        self._journal = Journal(config.journal_path, on_lost=lambda: self._happened.put(EXIT_LOST))
+        self._metrics = Metrics()
+        self._journal = Journal(
+            config.journal_path,
+            on_lost=lambda: self._happened.put(EXIT_LOST),
+            on_commit=self._metrics.committed,
+        )
+        self._metrics.watch(self._journal)
 
     def start(self) -> None:
         """Open the journal, take up what is unfinished, and begin to answer.
@@ -189,10 +226,11 @@ class Service:
             journal=self._journal,
             runner=self.runner,
             receiver=receiver,
+            metrics=self._metrics,
             base_url=self.base_url,
         )
         self.runner.start()
-        self._server.start(api.application())
+        self._server.start(logs.watched(api.application(), self._metrics.answered))
 
     def run(self) -> int:
         """Wait for a signal, then stop in order; return the exit code."""
@@ -245,6 +283,7 @@ class Service:
                 max_event_bytes=settings.postback_max_bytes,
             ),
             result_url=lambda job_id: f"{self.base_url}/jobs/{job_id}/result",
+            observer=self._metrics,
         )
 
 

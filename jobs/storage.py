@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -60,10 +61,18 @@ class Storage:
     Every method may be called from any thread.
     """
 
-    def __init__(self, path: Path, *, schema: str, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        schema: str,
+        on_lost: Callable[[], None],
+        on_commit: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._path = path
         self._schema = schema
         self._on_lost = on_lost
+        self._on_commit = on_commit
         self._lock = threading.Lock()
         self._waiting: deque[_Write[Any]] = deque()
         self._synchronous = ""
@@ -137,6 +146,32 @@ class Storage:
                 self._commit(batch)
         return write.outcome()
 
+    def size_bytes(self) -> int:
+        """Return the size of the file and of its write-ahead log."""
+        files = (self._path, Path(f"{self._path}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def backup(self) -> Path:
+        """Copy the journal to a file beside it, whole at every moment, and return its path.
+
+        Nobody else can open the file of a running service. Writes wait for as long as it takes.
+
+        Raises:
+            JournalError: There is no new copy; an earlier one is as it was.
+        """
+        part, copy = Path(f"{self._path}.part"), Path(f"{self._path}.backup")
+        try:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)
+            with self._lock:
+                self._open_connection().execute("VACUUM INTO ?", (str(part),))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            return part.replace(copy)
+        except (OSError, sqlite3.Error) as exc:
+            part.unlink(missing_ok=True)
+            raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
+
     def _commit(self, batch: "list[_Write[Any]]") -> None:
         try:
             self._transact(batch)
@@ -157,7 +192,9 @@ class Storage:
         connection.execute("BEGIN IMMEDIATE")
         for write in batch:
             write.run(connection)
+        began = time.perf_counter()
         connection.execute("COMMIT")
+        self._on_commit(time.perf_counter() - began)
         for write in batch:
             write.ended = True
         if self._failure:
