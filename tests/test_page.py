@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -79,6 +79,9 @@ class Page:
         field = self.driver.find_element("css selector", selector)
         field.clear()
         field.send_keys(text)
+
+    def press(self, *keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(*keys)
 
     def send(self, payload: str) -> None:
         self.write("#payload", payload)
@@ -321,15 +324,14 @@ def test_everything_can_be_done_by_keyboard(page, own):
     own.wait_for(job_id)
     page.open(own)
     page.wait("#jobs tbody", "delivered")
-    keys: Callable[..., Any] = lambda *k: page.driver.switch_to.active_element.send_keys(*k)  # noqa: E731
 
     page.run("document.querySelector('#payload').focus()")
-    keys(Keys.CONTROL, Keys.ENTER)
+    page.press(Keys.CONTROL, Keys.ENTER)
     page.wait("#sent", "Accepted")
     page.run(f"document.querySelector('[data-id=\"{job_id}\"]').focus()")
-    keys(Keys.ENTER)
+    page.press(Keys.ENTER)
     page.wait("#job-title", job_id)
-    keys(Keys.ESCAPE)
+    page.press(Keys.ESCAPE)
 
     poll(lambda: not page.look("#job-title"), "the dialog to close")
     assert page.run("return document.activeElement.dataset.id") == job_id
@@ -344,7 +346,7 @@ def test_the_curl_line_of_a_job_sends_the_same_data_again(page, own):
     page.click("#copy-job")
 
     page.wait("#copy-job", "Copied")
-    again = subprocess.run(page.clipboard(), shell=True, capture_output=True, check=True)  # noqa: S602
+    again = subprocess.run(page.clipboard(), shell=True, capture_output=True, check=True)
     job_id = json.loads(again.stdout)["id"]
     assert own.wait_for(job_id)["data"] == "it's"
 

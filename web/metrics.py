@@ -45,7 +45,7 @@ class Metrics(Observer):
     def __init__(self, clock: Callable[[], datetime] = model.utc_now) -> None:
         self._clock = clock
         self._hour = _Hour()
-        prometheus_client.disable_created_metrics()  # a second sample for each, of no use here
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = prometheus_client.CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
