@@ -5,11 +5,13 @@
 `python app.py` starts the service; `--help` lists the settings, `--check` validates them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import queue
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from jobs import errors, model
 from jobs.executors import ThreadExecutor
 from jobs.journal import Journal
 from jobs.runner import Limits, Runner
-from web import intake, logs, metrics, outbound, page
+from web import browser, intake, logs, metrics, outbound
 from web.metrics import Metrics
 from web.receiver import Receiver
 from web.server import Application, Server
@@ -85,7 +87,9 @@ class Api:
         app.serve("GET", "/stats", self.stats)
         app.serve("GET", "/metrics", self.metrics)
         app.serve("GET", "/openapi.json", self.openapi)
-        page.add(app, base_url=self._base_url, needs_token=self._config.api_token is not None)
+        browser.add_page(
+            app, base_url=self._base_url, needs_token=self._config.api_token is not None
+        )
         return app
 
     def process(self) -> dict[str, str]:
@@ -232,15 +236,21 @@ class Service:
         self.runner.start()
         self._server.start(logs.watched(api.application(), self._metrics.answered))
 
-    def run(self) -> int:
-        """Wait for a signal, then stop in order; return the exit code."""
+    def catch_signals(self) -> None:
+        """Let a signal stop the service in order, also one that comes while it starts."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+
+    def run(self) -> int:
+        """Wait for a signal, then stop in order; return the exit code."""
         happened = self._happened.get()
         if happened == EXIT_LOST:
             return EXIT_LOST
         log.info("drain begun", extra={"seconds": self._config.drain_seconds})
-        return EXIT_WAITING if self.stop() else 0
+        try:
+            return EXIT_WAITING if self.stop() else 0
+        except errors.JournalError:  # logged where it was seen; the next start reads the disk
+            return EXIT_LOST
 
     def stop(self) -> int:
         """Drain and close; return how many jobs wait for the next start."""
@@ -302,6 +312,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if arguments:
             print("The settings are fine.")
             sys.exit(0)
+        service.catch_signals()
         service.start()
     except errors.ConfigError as exc:
         print("\n".join(exc.problems), file=sys.stderr)
@@ -343,7 +354,7 @@ def _summary(job: model.Job) -> dict[str, Any]:
 
 def _limit() -> int:
     text = bottle.request.query.get("limit", str(PAGE))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_PAGE):
+    if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= MAX_PAGE):
         raise errors.MalformedError(f"limit must be a whole number from 1 to {MAX_PAGE}.")
     return int(text)
 
@@ -356,13 +367,14 @@ def _own_url(host: str, port: int) -> str:
 
 def _greet(service: Service, settings: Config) -> None:
     token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
-    print(f"Postback listens on {service.base_url}")
-    print(f"Results are posted to {service.postback_url}")
-    print(
+    text = (
+        f"Postback listens on {service.base_url}\n"
+        f"Results are posted to {service.postback_url}\n"
         f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
-        """-d '{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'""",
-        flush=True,
+        """-d '{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'"""
     )
+    with contextlib.suppress(OSError):  # whoever started it may no longer listen
+        print(text, flush=True)
     if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_token:
         log.warning("anyone can send jobs: set API_TOKEN", extra={"host": settings.host})
 

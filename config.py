@@ -196,12 +196,11 @@ def load() -> Config:
         ConfigError: One line for each wrong variable, such as
             POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m.
     """
-    env = environs.FileAwareEnv(strip_whitespace=True)
     problems = list(_unknown(os.environ))
     values = {}
     for setting in fields(Config):
         try:
-            values[setting.name] = _read(env, variable(setting.name), setting.metadata)
+            values[setting.name] = _read(variable(setting.name), setting.metadata)
         except ValueError as exc:
             problems.append(str(exc))
     if problems:
@@ -211,7 +210,7 @@ def load() -> Config:
 
 def variable(name: str) -> str:
     """Return the environment variable of a field: the field without its unit."""
-    return re.sub(r"_(seconds|bytes|path)$", "", name).upper()
+    return re.sub(r"(?<!_max)_(seconds|bytes|path)$", "", name).upper()
 
 
 def table() -> Iterator[tuple[str, str, str]]:
@@ -222,9 +221,9 @@ def table() -> Iterator[tuple[str, str, str]]:
         yield variable(setting.name), setting.metadata["default"] or "", meaning + suffix
 
 
-def _read(env: environs.Env, name: str, spec: Mapping[str, Any]) -> Any:
+def _read(name: str, spec: Mapping[str, Any]) -> Any:
     # A variable that is set, but empty, is as good as unset: compose files leave such.
-    text = env.str(name, "") or spec["default"]
+    text = (_secret(name) if spec["secret"] else environs.env.str(name, "")) or spec["default"]
     if text is None:
         return None
     try:
@@ -234,9 +233,19 @@ def _read(env: environs.Env, name: str, spec: Mapping[str, Any]) -> Any:
         raise ValueError(f"{name}={shown}: expected {exc}") from exc
 
 
+def _secret(name: str) -> str:
+    """Return a secret, from the file that NAME_FILE names if it is set."""
+    try:
+        text = environs.FileAwareEnv(strip_whitespace=True).str(name, "")
+        # An empty file is a mistake: it must not open the service to all.
+        return _checked(text, bool(text or not os.environ.get(f"{name}_FILE")), "a secret")
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"{name}_FILE: expected a readable file that holds the secret") from exc
+
+
 def _unknown(environment: Mapping[str, str]) -> Iterator[str]:
     known = [variable(setting.name) for setting in fields(Config)]
-    known += [f"{name}_FILE" for name in known]
+    known += [f"{variable(one.name)}_FILE" for one in fields(Config) if one.metadata["secret"]]
     for name in sorted(environment):
         if name.startswith("POSTBACK_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -115,9 +115,8 @@ class Sender:
         ca_path = ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH
         self._adapters = {public_only: _Adapter(ca_path) for public_only in (False, True)}
         #: No attempt is due later than this after another.
-        self.longest_wait_seconds = max(
-            MAX_RETRY_AFTER_SECONDS, *(seconds * (1 + JITTER) for seconds in self._schedule)
-        )
+        longest_seconds = max(self._schedule, default=0.0) * (1 + JITTER)
+        self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
 
     def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
         """Send an event once, and tell how that went. Whatever happens, nothing is raised.

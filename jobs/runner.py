@@ -211,6 +211,8 @@ class Runner:
     def refusal(self) -> errors.UnavailableError | None:
         """Return why no job can be accepted now; None when one can."""
         with self._lock:
+            if self._journal.failure:  # have it probed, at most once in this time
+                self._wake_by(time.monotonic() + RETRY_SECONDS)
             return self._refusal() or self._journal.failure
 
     def drain(self, seconds: float) -> Drained:
@@ -426,15 +428,18 @@ class Runner:
         try:
             attempt = self._postback.attempt(job, event)
             state = self._insist(lambda: self._journal.record(job, attempt, now=self._clock()))
+            self._log_attempt(job, attempt, state)
+            self._observer.attempted(job, attempt, state)
+            self._note_next(attempt.seconds_until_next)
         finally:
             self._leave_attempts(job.receiver, 1)
-        self._log_attempt(job, attempt, state)
-        self._observer.attempted(job, attempt, state)
+
+    def _note_next(self, seconds: float | None) -> None:
         with self._lock:
-            if attempt.seconds_until_next is None:
+            if seconds is None:
                 self._finished += 1
             else:
-                self._wake_by(time.monotonic() + attempt.seconds_until_next)
+                self._wake_by(time.monotonic() + seconds)
 
     def _log_attempt(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
         if attempt.error:

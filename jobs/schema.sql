@@ -32,12 +32,12 @@ CREATE INDEX jobs_due ON jobs (receiver, next_attempt_at) WHERE state = 'deliver
 CREATE INDEX jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
 
 -- When the next attempt for each receiver is due. Steps from one receiver to the next by the index,
--- however many jobs wait for each.
+-- however many jobs wait for each; unasked, SQLite would take jobs_by_state and read them all.
 CREATE VIEW receivers AS
     WITH RECURSIVE step (receiver) AS (
-        SELECT min(receiver) FROM jobs WHERE state = 'delivering'
+        SELECT min(receiver) FROM jobs INDEXED BY jobs_due WHERE state = 'delivering'
         UNION ALL
-        SELECT (SELECT min(jobs.receiver) FROM jobs
+        SELECT (SELECT min(jobs.receiver) FROM jobs INDEXED BY jobs_due
                  WHERE state = 'delivering' AND jobs.receiver > step.receiver)
           FROM step WHERE step.receiver IS NOT NULL
     )

@@ -317,7 +317,8 @@ def _lock(path: Path) -> tuple[IO[str], str]:
     It lies beside the journal and is never removed: closing any descriptor of the journal itself
     would drop SQLite's own locks.
     """
-    lock_file = Path(f"{path}.lock").open("a+", encoding="ascii")  # noqa: SIM115 - held until close
+    lock_path = Path(f"{path}.lock")
+    lock_file = lock_path.open("a+", encoding="ascii", errors="replace")
     lock_file.seek(0)
     holder = lock_file.read()
     try:
@@ -346,10 +347,11 @@ def _refuse_emptied(path: Path, holder: str) -> None:
 def _inode(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:  # it was removed, or no longer is where the path leads
         return None
     return status.st_dev, status.st_ino
 
 
 def _refusal(path: Path, text: str) -> errors.ConfigError:
-    return errors.ConfigError([f"JOURNAL={str(path)!r}: {text}"])
+    line = text.replace("\n", " ")  # SQLite tells of damage in several
+    return errors.ConfigError([f"JOURNAL={str(path)!r}: {line}"])

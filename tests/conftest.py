@@ -1,12 +1,12 @@
 """Fixtures: each stops what it starts, and asserts that it stopped."""
 
 import os
-import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from tests import analyses
 from tests.harness import InProcess, RealProcess
 from tests.receiver import Receiver
 
@@ -25,6 +25,13 @@ def clean_environment(monkeypatch, tmp_path):
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     with Receiver() as one:
+        yield one
+
+
+@pytest.fixture
+def gate() -> Iterator[analyses.Gate]:
+    """Hold up ANALYSIS=tests.analyses:wait until the test lets it on."""
+    with analyses.gated() as one:
         yield one
 
 
@@ -62,11 +69,11 @@ def start_process(tmp_path):
     yield start
 
     for one in started:
-        if one.process_.poll() is None:
-            one.end(signal.SIGKILL)
+        one.process_.kill()
+        one.wait()
 
 
 @pytest.fixture
-def service(start, receiver) -> InProcess:
+def service(start, receiver):
     """The service with its defaults, posting to `receiver`."""
     return start(POSTBACK_URL=receiver.url, POSTBACK_SCHEDULE="50ms 50ms 50ms")

@@ -1,5 +1,6 @@
 """What the tests share: a caller, the service inside the test process, and the real process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import requests
 import app
 import config
 from jobs import model
+from jobs.journal import Journal
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +87,35 @@ class InProcess(Caller):
     def stop(self) -> int:
         self.close()
         return self.service.stop()
+
+    def restart(self) -> int:
+        """Stop in order and start again; return how many jobs were left for that."""
+        left = self.service.stop()
+        self.start_again()
+        return left
+
+    def start_again(self) -> None:
+        """Start what has stopped, with the same settings and the same journal."""
+        self.service = app.Service(config.load())
+        self.service.start()
+        self.base_url = self.service.base_url
+
+    @property
+    def journal(self) -> Journal:
+        return self.service._journal
+
+
+@contextlib.contextmanager
+def failing(journal: Journal) -> Iterator[None]:
+    """Have SQLite refuse every write, as on a full disk; reading goes on."""
+    storage = journal._storage
+    with storage._lock:
+        storage._connection.execute("PRAGMA query_only = ON")
+    try:
+        yield
+    finally:
+        with storage._lock:
+            storage._connection.execute("PRAGMA query_only = OFF")
 
 
 class RealProcess(Caller):

@@ -14,7 +14,7 @@ import config
 import postback
 from jobs import model
 from tests.harness import ROOT
-from web import metrics, server
+from web import server
 from web.receiver import Receiver
 
 DOCUMENT = json.loads(app.OPENAPI_PATH.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def routes() -> list[Any]:
         journal=nothing,
         runner=nothing,
         receiver=Receiver(nothing, secrets=(), max_body_bytes=1),
-        metrics=metrics.Metrics(),
+        metrics=nothing,
         base_url="",
     )
     return list(api.application().routes)
@@ -146,7 +146,7 @@ def test_each_example_fits_its_schema(schema, content):
 
 def test_a_live_service_keeps_to_the_document(start, receiver, tmp_path):
     service = start(API_TOKEN="sesame", POSTBACK_URL=receiver.url)
-    command = [
+    command: list[str | Path] = [
         *(SCHEMATHESIS, "--config-file", ROOT / "tests/schemathesis.toml"),
         *("run", f"{service.base_url}/openapi.json", "-H", "Authorization: Bearer sesame"),
         *("--checks", "all", "--max-examples", "20", "--seed", "1", "--no-color"),

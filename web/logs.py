@@ -40,7 +40,7 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
-    text = TextFormatter(in_colour=stream.isatty() and not os.environ.get("NO_COLOR"))
+    text = TextFormatter(in_colour=_is_terminal(stream) and not os.environ.get("NO_COLOR"))
     handler.setFormatter(JSONFormatter() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # A stream that was closed, or a full disk, must not stop the service.
@@ -49,6 +49,13 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     # It warns once for each request that waits for a thread: a flood under load.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # it is missing, or closed
+        return False
 
 
 class TextFormatter(logging.Formatter):

@@ -4,8 +4,10 @@ It answers 200 only after its commit, and 401 or 400, never 500, to garbage.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -23,6 +25,9 @@ from web import intake, logs, server, signatures
 
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
+
+#: Levels of arrays and objects in an event, or it could be read but not be listed.
+MAX_DEPTH = 200
 
 
 class Receiver:
@@ -60,7 +65,9 @@ class Receiver:
         )
         if not self._journal.receive(postback):
             return {"status": "duplicate"}
-        self._show(f"postback received {postback.webhook_id} {body[:MAX_SHOWN].decode()}")
+        shown = body[:MAX_SHOWN].decode(errors="replace")
+        with contextlib.suppress(Exception):  # a closed terminal must not undo what is committed
+            self._show(f"postback received {postback.webhook_id} {shown}")
         return {"status": "received"}
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -139,15 +146,24 @@ def _secrets(environment: Mapping[str, str]) -> list[str]:
 def _check_event(body: bytes) -> None:
     # Not as strict as for callers: what a sender's analysis returns is not ours to judge.
     try:
-        event = json.loads(body.decode(), parse_constant=_refuse_constant)
+        event = json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
         raise errors.MalformedError(f"The event is not JSON in UTF-8: {exc}.") from exc
     if not isinstance(event, dict):
         raise errors.MalformedError("The event is not a JSON object.")
+    if model.depth_of(event) > MAX_DEPTH:
+        raise errors.MalformedError(f"The event is nested deeper than {MAX_DEPTH} levels.")
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        _refuse_constant(digits[:64])
+    return number
 
 
 def _webhook_headers(environ: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Owns bottle's application object and waitress. What is refused is raised; here, 
 becomes an `application/problem+json` document (RFC 9457) with the status of the error.
 """
 
+import contextlib
 import hmac
 import json
 import logging
@@ -149,7 +150,8 @@ class Server:
     def stop(self) -> None:
         """Close every connection, and end the threads that answer."""
         sockets = self._server._map  # noqa: SLF001 - waitress has no other way to stop from outside
-        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
+        with contextlib.suppress(OSError):  # it was awake, and has closed its own end already
+            self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
         self._thread.join(SILENCE_SECONDS)
         self._server.task_dispatcher.shutdown()
 

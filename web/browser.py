@@ -1,4 +1,4 @@
-"""The page at `/`: one template, one style sheet, one script, and the headers they go with.
+"""What a browser is given: the page at `/` and its files, under a policy that keeps strangers out.
 
 They hold no data, so they need no token: the script asks for it, and for everything else, by the
 routes that any caller has.
@@ -12,7 +12,7 @@ import bottle
 from jobs import model
 from web.server import Application
 
-_DIRECTORY = Path(__file__).parent
+_DIRECTORY = Path(__file__).with_name("page")
 
 #: Nothing from elsewhere, nothing inline: text from outside cannot become a script.
 _HEADERS = {
@@ -25,7 +25,7 @@ _HEADERS = {
 }
 
 
-def add(application: Application, *, base_url: str, needs_token: bool) -> None:
+def add_page(application: Application, *, base_url: str, needs_token: bool) -> None:
     """Add the page and its files to an application."""
     html = bottle.template(
         _read("index.tpl"), base_url=base_url, needs_token=needs_token, states=list(model.State)

@@ -1,0 +1,121 @@
+"""Small analyses, to be named as ANALYSIS=tests.analyses:name."""
+
+import contextlib
+import sys
+import threading
+from typing import Any
+
+#: How long anything waits here: a test that forgot to open a gate fails, it does not hang.
+PATIENCE_SECONDS = 20
+
+
+class Gate:
+    """Holds analyses up until it is opened, and tells which have come to it."""
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self.threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._passes = 0
+
+    def enter(self, data: Any) -> None:
+        with self._changed:
+            self.begun.append(data)
+            self.threads.append(threading.current_thread())
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._passes, PATIENCE_SECONDS)
+            self._passes -= 1
+
+    def open(self, passes: int = 1_000_000) -> None:
+        """Let so many analyses through."""
+        with self._changed:
+            self._passes += passes
+            self._changed.notify_all()
+
+    def wait_for(self, n: int) -> list[Any]:
+        """Return what all analyses were given, as soon as `n` of them have begun."""
+        with self._changed:
+            came = self._changed.wait_for(lambda: len(self.begun) >= n, PATIENCE_SECONDS)
+            assert came, f"{len(self.begun)} of {n} analyses began"
+            return list(self.begun)
+
+
+#: Replaced for each test by `gated`.
+gate = Gate()
+
+
+@contextlib.contextmanager
+def gated():
+    """Give the analyses a new gate, opened in the end whatever happens."""
+    global gate  # noqa: PLW0603 - an analysis is named by its module, so the gate lies there too
+    gate = Gate()
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+def echo(data: Any) -> Any:
+    return data
+
+
+def wait(data: Any) -> Any:
+    """Wait at the gate, then echo."""
+    gate.enter(data)
+    return data
+
+
+def sleep(data: float) -> float:
+    """Take as many seconds as the data says."""
+    threading.Event().wait(data)
+    return data
+
+
+def fail(data: Any) -> Any:
+    raise ValueError(f"cannot analyze {data}")
+
+
+def leave(data: Any) -> Any:
+    """End the thread as a command line would its process."""
+    sys.exit(f"left at {data}")
+
+
+def interrupt(data: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def exhaust(data: Any) -> Any:
+    raise MemoryError
+
+
+def nan(data: Any) -> float:
+    return float("nan")
+
+
+def unserialisable(data: Any) -> Any:
+    return {1, 2, 3}
+
+
+def circular(data: Any) -> Any:
+    ring: list[Any] = []
+    ring.append(ring)
+    return ring
+
+
+def deep(data: Any) -> Any:
+    """Return something nested 2,000 levels deep."""
+    value: Any = 1
+    for _ in range(2000):
+        value = [value]
+    return value
+
+
+def large(data: int) -> str:
+    """Return as many characters as the data says."""
+    return "x" * data
+
+
+def change(data: list[Any]) -> str:
+    """Empty what it is given."""
+    data.clear()
+    return "emptied"

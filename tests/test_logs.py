@@ -1,0 +1,195 @@
+"""Log lines: one for one happening, in text and in JSON, whatever the values hold."""
+
+import io
+import json
+import logging
+import re
+import shlex
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from web import logs
+
+log = logging.getLogger("postback")
+
+#: Values that try to end their line, to begin another, or to look like several.
+AWKWARD = [
+    "two\nlines",
+    "a\r\n2026-01-02T03:04:05.678Z INFO postback job delivered job_id=forged",
+    'say "hello" = x',
+    "\x1b[31mred\x07",
+    "line\u2028separator\x85",
+    "",
+    "half \ud800 of a pair",
+]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """What `configure` changes is of the whole process."""
+    root = logging.getLogger()
+    handlers, level, raise_exceptions = root.handlers[:], root.level, logging.raiseExceptions
+    names = ("waitress.queue", "urllib3")
+    levels = [logging.getLogger(name).level for name in names]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.raiseExceptions = raise_exceptions
+    logging.captureWarnings(capture=False)
+    for name, before in zip(names, levels, strict=True):
+        logging.getLogger(name).setLevel(before)
+
+
+def written(style: str, act, level: str = "info") -> str:
+    """Return what is written while `act` is done."""
+    stream = io.StringIO()
+    logs.configure(level, style, stream)
+    act()
+    return stream.getvalue()
+
+
+def refuse() -> None:
+    raise ValueError("first\n2026-01-02T03:04:05.678Z INFO postback forged")
+
+
+def fail() -> None:
+    try:
+        refuse()
+    except ValueError:
+        log.exception("thread failed", extra={"job_id": "j1"})
+
+
+def test_a_text_line_has_a_time_a_level_a_phrase_and_values():
+    text = written("text", lambda: log.info("job accepted", extra={"job_id": "j1", "attempt": 2}))
+
+    pattern = (
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO postback job accepted job_id=j1 attempt=2\n"
+    )
+    assert re.fullmatch(pattern, text)
+
+
+def test_a_json_line_has_the_same():
+    text = written("json", lambda: log.warning("attempt failed", extra={"status_code": 502}))
+
+    line = json.loads(text)
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "warning",
+        "logger": "postback",
+        "message": "attempt failed",
+        "status_code": 502,
+    }
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=ascii)
+def test_a_value_stays_one_word_of_its_text_line(value):
+    text = written("text", lambda: log.info("phrase", extra={"error": value, "last": 1}))
+
+    assert text.endswith("\n")
+    assert text[:-1].isprintable()
+    _, _, shown = text.partition(" error=")
+    assert json.loads(shown.removesuffix(" last=1\n")) == value
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=ascii)
+def test_a_value_comes_back_from_its_json_line(value):
+    text = written("json", lambda: log.info("phrase", extra={"error": value}))
+
+    assert len(text.splitlines()) == 1
+    assert json.loads(text)["error"] == value
+
+
+@given(st.text())
+def test_no_text_makes_a_second_line(value):
+    record = logging.makeLogRecord({"msg": value, "error": value})
+
+    assert len(logs.TextFormatter().format(record).splitlines()) == 1
+    assert len(logs.JSONFormatter().format(record).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["plain", "/a/b?c", "naïve-☃", "404"])
+def test_a_plain_value_needs_no_quotes(value):
+    text = written("text", lambda: log.info("phrase", extra={"error": value}))
+
+    assert shlex.split(text)[-1] == f"error={value}"
+
+
+def test_a_phrase_of_another_library_cannot_forge_a_line():
+    text = written("text", lambda: logging.getLogger("other").info("serving %s", "/a\nb"))
+
+    assert text.endswith('INFO other "serving /a\\nb"\n')
+
+
+def test_a_traceback_stands_indented_below_its_text_line():
+    first, *rest = written("text", fail).splitlines()
+
+    assert first.endswith("ERROR postback thread failed job_id=j1")
+    assert rest[0] == "  Traceback (most recent call last):"
+    assert all(line.startswith("  ") for line in rest)
+
+
+def test_a_traceback_is_a_value_of_its_json_line():
+    line = json.loads(written("json", fail))
+
+    assert line["job_id"] == "j1"
+    assert line["traceback"].startswith("Traceback (most recent call last):")
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_value_that_is_none_is_left_out(style):
+    text = written(style, lambda: log.info("phrase", extra={"status_code": None}))
+
+    assert "status_code" not in text
+
+
+def test_a_value_that_is_not_json_is_written_as_text():
+    text = written("json", lambda: log.info("phrase", extra={"path": io}))
+
+    assert json.loads(text)["path"].startswith("<module 'io'")
+
+
+@pytest.mark.parametrize("name", ["waitress.queue", "urllib3.connectionpool"])
+def test_what_other_libraries_say_of_each_request_is_not_written(name):
+    text = written("text", lambda: logging.getLogger(name).warning("Task queue depth is 1"))
+
+    assert text == ""
+
+
+def test_lines_below_the_least_level_are_not_written():
+    text = written("text", lambda: log.info("phrase"), level="warning")
+
+    assert text == ""
+
+
+def test_a_warning_is_a_line_like_any_other():
+    def warn() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            logging.captureWarnings(capture=True)
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    text = written("text", warn)
+
+    assert "WARNING py.warnings" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_without_a_stream_lines_go_to_standard_error(capsys):
+    logs.configure("info", "text")
+
+    log.info("phrase")
+
+    assert capsys.readouterr().err.endswith("INFO postback phrase\n")
+
+
+def test_a_broken_stream_stops_nobody(capsys):
+    stream = io.StringIO()
+    stream.close()
+    logs.configure("info", "text", stream)
+
+    log.info("phrase")
+
+    assert capsys.readouterr() == ("", "")

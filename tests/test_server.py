@@ -1,0 +1,340 @@
+"""What every answer has in common, seen from the socket."""
+
+import contextlib
+import json
+import socket
+from http.client import parse_headers
+
+import pytest
+import requests
+
+from jobs import errors
+from web.server import STATUS_CODES, Application, Server
+
+MAX_BODY = 1000
+
+
+@pytest.fixture
+def serve():
+    """Return a function that serves one handler at GET /, and gives the URL of the server."""
+    servers = []
+
+    def serve(handler, *, host="127.0.0.1"):
+        application = Application()
+        application.serve("GET", "/", handler)
+        servers.append(Server(host=host, port=0, max_body_bytes=MAX_BODY))
+        servers[-1].start(application)
+        return f"http://{f'[{host}]' if ':' in host else host}:{servers[-1].port}"
+
+    yield serve
+
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def echo(start, receiver):
+    return start(ANALYSIS="tests.analyses:echo", POSTBACK_URL=receiver.url, MAX_BODY=str(MAX_BODY))
+
+
+def get(url, **options):
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(url, timeout=10, **options)
+
+
+def raising(exc):
+    def handler():
+        raise exc
+
+    return handler
+
+
+@contextlib.contextmanager
+def connected(service):
+    """Yield a socket, and the stream of what comes back."""
+    address = service.base_url.removeprefix("http://").split(":")
+    with (
+        socket.create_connection((address[0], int(address[1])), timeout=10) as conn,
+        conn.makefile("rb") as stream,
+    ):
+        yield conn, stream
+
+
+def answer(stream):
+    """Read one answer: its status and its body. (0, b"") when the connection has ended."""
+    words = stream.readline().split()
+    if not words:
+        return 0, b""
+    headers = parse_headers(stream)
+    return int(words[1]), stream.read(int(headers.get("Content-Length", "0")))
+
+
+def exchange(service, sent, *, finish=False):
+    """Send bytes on a connection of their own; return the first answer."""
+    with connected(service) as (conn, stream):
+        conn.sendall(sent)
+        if finish:
+            conn.shutdown(socket.SHUT_WR)
+        return answer(stream)
+
+
+def post(body=b'{"data": 1}', *, length=None, path="/process", extra=""):
+    length = len(body) if length is None else length
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n{extra}\r\n"
+    )
+    return head.encode("latin-1") + body
+
+
+def chunked(*chunks, end=b"0\r\n\r\n", extra=""):
+    head = (
+        "POST /process HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Transfer-Encoding: chunked\r\n{extra}\r\n"
+    )
+    return head.encode() + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+def padded(size):
+    """Return a valid payload of as many bytes."""
+    return b'{"data": "%s"}' % (b"x" * (size - 12))
+
+
+def rows(service):
+    return len(service.get("/jobs").json()["jobs"])
+
+
+# Problems
+
+
+@pytest.mark.parametrize("kind", STATUS_CODES)
+def test_each_error_becomes_a_problem_with_its_status(serve, kind):
+    exc = {
+        errors.JobNotFoundError: errors.JobNotFoundError("x"),
+        errors.MoveError: errors.MoveError("x", state="accepted", wanted="delivered"),
+    }.get(kind) or kind("do this")
+
+    found = get(serve(raising(exc)))
+
+    assert found.status_code == found.json()["status"] == STATUS_CODES[kind]
+    assert found.json()["detail"] == str(exc)
+    assert found.headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.FullError, errors.DrainingError, errors.JournalError, errors.JournalLostError]
+)
+def test_whatever_passes_says_when_to_come_again(serve, kind):
+    found = get(serve(raising(kind("later"))))
+
+    assert (found.status_code, found.headers["Retry-After"]) == (503, "5")
+
+
+@pytest.mark.parametrize("exc", [ValueError("secret text"), KeyError("x"), RecursionError()])
+def test_what_nobody_expected_is_a_500_without_a_traceback_logged_once(serve, caplog, exc):
+    found = get(serve(raising(exc)))
+
+    assert (found.status_code, found.json()["status"]) == (500, 500)
+    assert found.headers["Content-Type"] == "application/problem+json"
+    assert "Traceback" not in found.text
+    assert "secret" not in found.text
+    assert [one.message for one in caplog.records] == ["request failed"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/process/",
+        "/PROCESS",
+        "/process%00",
+        "/jobs/a/b",
+        "/<script>alert(1)</script>",
+        "/jobs//cancel",
+        "/..%2f..%2fetc%2fpasswd",
+    ],
+)
+def test_there_is_nothing_elsewhere_and_the_path_is_not_repeated(echo, path):
+    found = echo.get(path)
+
+    assert (found.status_code, found.json()["status"]) == (404, 404)
+    assert found.headers["Content-Type"] == "application/problem+json"
+    assert "script" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/process", "POST"),
+        ("PUT", "/process", "POST"),
+        ("DELETE", "/process", "POST"),
+        ("BREW", "/process", "POST"),
+        ("OPTIONS", "/process", "POST"),
+        ("TRACE", "/process", "POST"),
+        ("POST", "/jobs", "GET"),
+        ("DELETE", "/jobs/x", "GET"),
+        ("GET", "/jobs/x/cancel", "POST"),
+        ("GET", "/jobs/x/resend", "POST"),
+        ("POST", "/livez", "GET"),
+    ],
+)
+def test_another_method_is_told_which_it_could_be(echo, method, path, allow):
+    found = echo.request(method, path)
+
+    assert (found.status_code, found.json()["status"]) == (405, 405)
+    assert allow in found.headers["Allow"]
+
+
+@pytest.mark.parametrize(("path", "status_code"), [("/livez", 200), ("/process", 405), ("/x", 404)])
+def test_head_is_answered_without_a_body(echo, path, status_code):
+    found = echo.request("HEAD", path)
+
+    assert (found.status_code, found.content) == (status_code, b"")
+
+
+# Framing
+
+
+def test_a_thousand_bytes_are_a_payload_and_one_more_is_not(echo):
+    exact = exchange(echo, post(padded(MAX_BODY)))
+    over = exchange(echo, post(padded(MAX_BODY + 1)))
+
+    assert (exact[0], over[0]) == (200, 413)
+    assert json.loads(over[1])["status"] == 413
+    assert rows(echo) == 1
+
+
+def test_many_requests_fit_on_one_connection(echo):
+    with connected(echo) as (conn, stream):
+        codes = []
+        for _ in range(200):
+            conn.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            codes.append(answer(stream)[0])
+
+    assert codes == [200] * 200
+
+
+def test_pipelined_requests_are_answered_in_order(echo):
+    with connected(echo) as (conn, stream):
+        conn.sendall(post() + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+
+        accepted, alive = answer(stream), answer(stream)
+
+    assert (accepted[0], alive[0]) == (200, 200)
+    assert json.loads(accepted[1])["state"] == "accepted"
+    assert json.loads(alive[1]) == {"status": "alive"}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        chunked(b'{"data"', b": 1}"),
+        chunked(padded(MAX_BODY)),
+        chunked(b'{"data": 1}', extra="Content-Length: 3\r\n"),
+        b"\r\n\r\n" + post(),
+        post(extra="Content_Type: text/plain\r\n"),
+        post(extra="X-Forwarded-For: 10.0.0.1\r\nHost: user@y\r\n"),
+        post(path="//process"),
+    ],
+)
+def test_what_is_unusual_but_right_is_accepted(echo, sent):
+    code, _ = exchange(echo, sent)
+
+    assert code == 200
+    assert rows(echo) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "codes"),
+    [
+        (chunked(padded(MAX_BODY + 1)), {413}),
+        (chunked(b"x" * 200_000), {413}),
+        (chunked(b'{"data": 1}', end=b"zz\r\n"), {400}),
+        (chunked(b'{"data": 1}', end=b"-5\r\n\r\n"), {400}),
+        (chunked(b'{"data": 1}', end=b"0x5\r\n\r\n"), {400}),
+        (post(length=10**30), {413}),
+        (post(length=-5), {400}),
+        (post(length="+3"), {400}),
+        (post(length="1_0"), {400}),
+        (post(length="abc"), {400}),
+        (post(extra="Content-Length: 11\r\n"), {400}),
+        (post(extra="Content-Length: 12\r\n"), {400}),
+        (post(b"", length=0), {400}),
+        (post().replace(b"Content-Length: 11\r\n", b""), {411}),
+        (post(length=5, body=b'{"dat"a": 1}'), {400}),
+        (post(extra="Transfer-Encoding: gzip, chunked\r\n"), {400, 501}),
+        (post(extra="Transfer-Encoding: identity\r\n"), {400, 501}),
+        (post(extra="X-Long: " + "x" * 100_000 + "\r\n"), {431}),
+        (post(path="/process?" + "x" * 100_000), {400, 414, 431}),
+        (post(extra="X : y\r\n"), {400}),
+        (post(extra="no colon\r\n"), {400}),
+        (b"\x16\x03\x01 hello\r\n\r\n", {0, 400, 404}),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {0, 400, 404, 505}),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", {200, 404, 405}),
+    ],
+)
+def test_what_is_wrongly_framed_is_refused_without_a_row(echo, sent, codes):
+    code, _ = exchange(echo, sent)
+
+    assert code in codes
+    assert rows(echo) == 0
+
+
+@pytest.mark.parametrize("sent", [post(length=100), chunked(b'{"data": 1}', end=b"")])
+def test_a_body_that_ends_early_leaves_no_row(echo, sent):
+    code, _ = exchange(echo, sent, finish=True)
+
+    assert code in (0, 400)
+    assert rows(echo) == 0
+
+
+def test_a_caller_that_has_finished_sending_still_gets_its_answer(echo):
+    code, _ = exchange(echo, post(), finish=True)
+
+    assert code == 200
+
+
+def test_who_waits_for_a_100_gets_it_then_the_answer(echo):
+    with connected(echo) as (conn, stream):
+        head, _, body = post(extra="Expect: 100-continue\r\n").partition(b"\r\n\r\n")
+        conn.sendall(head + b"\r\n\r\n")
+        first = answer(stream)
+        conn.sendall(body)
+
+        assert (first[0], answer(stream)[0]) == (100, 200)
+
+
+def test_a_refused_body_is_not_taken_for_a_request(echo):
+    smuggled = post()
+    with connected(echo) as (conn, stream):
+        conn.sendall(post(length=10**9, body=smuggled))
+
+        assert answer(stream)[0] == 413
+        assert answer(stream)[0] == 0
+    assert rows(echo) == 0
+
+
+# The socket
+
+
+def test_an_address_that_is_taken_is_refused_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        with pytest.raises(errors.ConfigError, match=f"PORT={port}: cannot listen there"):
+            Server(host="127.0.0.1", port=port, max_body_bytes=MAX_BODY)
+
+
+def test_it_listens_on_an_address_of_version_6(serve):
+    assert get(serve(lambda: {"a": 1}, host="::1")).json() == {"a": 1}
+
+
+def test_a_stop_ends_the_connections_that_are_open(start):
+    service = start(ANALYSIS="tests.analyses:echo")
+    with connected(service) as (conn, stream):
+        conn.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer(stream)
+
+        service.restart()
+
+        assert stream.read() == b""
