@@ -240,10 +240,12 @@ class Service:
         """Let a signal stop the service in order, also one that comes while it starts."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGUSR1, lambda number, _: self._happened.put(number))
 
     def run(self) -> int:
-        """Wait for a signal, then stop in order; return the exit code."""
-        happened = self._happened.get()
+        """Wait for a signal, then stop in order; return the exit code. SIGUSR1 backs up."""
+        while (happened := self._happened.get()) == signal.SIGUSR1:
+            self._back_up()
         if happened == EXIT_LOST:
             return EXIT_LOST
         log.info("drain begun", extra={"seconds": self._config.drain_seconds})
@@ -262,6 +264,15 @@ class Service:
             "drain ended", extra={"finished": drained.finished, "will_resume": drained.waiting}
         )
         return drained.waiting
+
+    def _back_up(self) -> None:
+        # By a signal, not by a route: whoever may send jobs need not fill the disk.
+        try:
+            copy = self._journal.backup()
+        except errors.JournalError as exc:
+            log.error("journal not backed up", extra={"error": str(exc)})  # noqa: TRY400 - expected
+        else:
+            log.info("journal backed up", extra={"path": copy, "bytes": copy.stat().st_size})
 
     def _on_signal(self, number: int, _: Any) -> None:
         # The second one ends at once: what is in the journal is taken up by the next start.

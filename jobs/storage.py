@@ -169,7 +169,8 @@ class Storage:
                 os.fsync(file.fileno())
             return part.replace(copy)
         except (OSError, sqlite3.Error) as exc:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
 
     def _commit(self, batch: "list[_Write[Any]]") -> None:
