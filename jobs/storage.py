@@ -1,8 +1,8 @@
 """One SQLite file, held by one process: opened with checks, written in shared commits.
 
 Knows how the file is opened, what its errors mean, and when a commit is durable. Threads that write
-at the same moment share one transaction: whoever gets the lock first commits for all who wait, so
-no writer thread is needed, and a lone write costs no hand-over at all.
+at the same moment share one transaction: the first one commits for all who wait, so no writer
+thread is needed, and a lone write costs no hand-over at all.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import os
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,8 +72,10 @@ class Storage:
         self._schema = schema
         self._on_lost = on_lost
         self._on_commit = on_commit
-        self._lock = threading.Lock()
-        self._waiting: deque[_Write[Any]] = deque()
+        self._lock = threading.Lock()  # guards the connection
+        self._queue_lock = threading.Lock()  # guards the next two
+        self._queue: list[_Write[Any]] = []
+        self._is_led = False
         self._synchronous = ""
         self._failure: errors.JournalError | None = None
         self._lock_file: IO[str] | None = None
@@ -139,11 +140,13 @@ class Storage:
             JournalError: Nothing was committed.
         """
         write = _Write(work, durable=durable)
-        self._waiting.append(write)
-        with self._lock:
-            if not write.ended:
-                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                self._commit(batch)
+        with self._queue_lock:
+            self._queue.append(write)
+            must_wait, self._is_led = self._is_led, True
+        if must_wait:
+            write.woken.acquire()
+        if not write.ended:
+            self._lead()
         return write.outcome()
 
     def size_bytes(self) -> int:
@@ -173,13 +176,28 @@ class Storage:
                 part.unlink(missing_ok=True)
             raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
 
+    def _lead(self) -> None:
+        """Commit for all who wait, then let the first of those who came meanwhile lead."""
+        batch: list[_Write[Any]] = []
+        try:
+            with self._lock:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        finally:
+            with self._queue_lock:
+                self._is_led = bool(self._queue)
+                woken = batch[1:] + self._queue[:1]
+            for write in woken:
+                write.woken.release()
+
     def _commit(self, batch: "list[_Write[Any]]") -> None:
         try:
             self._transact(batch)
         except Exception as exc:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             error = self._failed(exc) if isinstance(exc, sqlite3.Error) else exc
             self._roll_back()
-            if len(batch) == 1 or isinstance(error, errors.JournalLostError):
+            if len(batch) == 1:
                 for write in batch:
                     write.fail(error)
             else:  # one of them spoiled it: each alone
@@ -195,9 +213,9 @@ class Storage:
             write.run(connection)
         began = time.perf_counter()
         connection.execute("COMMIT")
-        self._on_commit(time.perf_counter() - began)
         for write in batch:
             write.ended = True
+        self._on_commit(time.perf_counter() - began)
         if self._failure:
             self._failure = None
             log.warning("journal recovered")
@@ -281,6 +299,8 @@ class _Write(Generic[T]):
         self.work = work
         self.durable = durable
         self.ended = False
+        self.woken = threading.Lock()  # each has its own: they need not queue up for one
+        self.woken.acquire()
         self._error: Exception | None = None
 
     def run(self, connection: sqlite3.Connection) -> None:
