@@ -22,7 +22,7 @@ import waitress
 from waitress import wasyncore
 
 from jobs import errors
-from web import intake
+from web import intake, logs
 
 #: The status of each error; a subclass stands before its base.
 STATUS_CODES: dict[type[errors.Error], int] = {
@@ -96,6 +96,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                     self._check_token(self._api_token)
                 return handler(*args, **kwargs)
             except errors.Error as exc:
+                bottle.request.environ["postback.error"] = exc
                 return problem(exc)
             except Exception:
                 log.exception("request failed", extra={"path": bottle.request.route.rule})
@@ -132,7 +133,7 @@ class Server:
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]
 
-    def start(self, application: Application) -> None:
+    def start(self, application: logs.WSGI) -> None:
         """Begin to answer."""
         self._server = waitress.create_server(
             application,
