@@ -1,8 +1,8 @@
 """One SQLite file, held by one process: opened with checks, written in shared commits.
 
 Knows how the file is opened, what its errors mean, and when a commit is durable. Threads that write
-at the same moment share one transaction: whoever gets the lock first commits for all who wait, so
-no writer thread is needed, and a lone write costs no hand-over at all.
+at the same moment share one transaction: the first one commits for all who wait, so no writer
+thread is needed, and a lone write costs no hand-over at all.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import logging
 import os
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,8 +63,10 @@ class Storage:
         self._path = path
         self._schema = schema
         self._on_lost = on_lost
-        self._lock = threading.Lock()
-        self._waiting: deque[_Write[Any]] = deque()
+        self._lock = threading.Lock()  # guards the connection
+        self._queue_lock = threading.Lock()  # guards the next two
+        self._queue: list[_Write[Any]] = []
+        self._is_led = False
         self._synchronous = ""
         self._failure: errors.JournalError | None = None
         self._lock_file: IO[str] | None = None
@@ -130,12 +131,26 @@ class Storage:
             JournalError: Nothing was committed.
         """
         write = _Write(work, durable=durable)
-        self._waiting.append(write)
-        with self._lock:
-            if not write.ended:
-                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-                self._commit(batch)
+        with self._queue_lock:
+            self._queue.append(write)
+            must_wait, self._is_led = self._is_led, True
+        if must_wait:
+            write.woken.acquire()
+        if not write.ended:
+            self._lead()
         return write.outcome()
+
+    def _lead(self) -> None:
+        """Commit for all who wait, then let the first of those who came meanwhile lead."""
+        with self._lock:
+            with self._queue_lock:
+                batch, self._queue = self._queue, []
+            self._commit(batch)
+        with self._queue_lock:
+            self._is_led = bool(self._queue)
+            woken = batch[1:] + self._queue[:1]
+        for write in woken:
+            write.woken.release()
 
     def _commit(self, batch: "list[_Write[Any]]") -> None:
         try:
@@ -243,6 +258,8 @@ class _Write(Generic[T]):
         self.work = work
         self.durable = durable
         self.ended = False
+        self.woken = threading.Lock()  # each has its own: they need not queue up for one
+        self.woken.acquire()
         self._error: Exception | None = None
 
     def run(self, connection: sqlite3.Connection) -> None:

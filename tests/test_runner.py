@@ -1,5 +1,6 @@
 """What the runner promises between the 200 and the postback."""
 
+import _thread
 import json
 import threading
 import time
@@ -131,14 +132,14 @@ def hasty(monkeypatch):
 def no_threads(monkeypatch):
     """Let no thread of a job or an attempt start, until the returned event is set."""
     allowed = threading.Event()
-    start = threading.Thread.start
+    start = _thread.start_new_thread
 
-    def limited(thread):
-        if not allowed.is_set() and (thread.name == "job" or len(thread.name) == 32):
+    def limited(function, arguments):
+        if not allowed.is_set():
             raise RuntimeError("can't start new thread")
-        start(thread)
+        return start(function, arguments)
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(_thread, "start_new_thread", limited)
     return allowed
 
 
@@ -220,20 +221,18 @@ def test_an_attempt_whose_thread_cannot_start_is_made_later(journal, no_threads,
 
 def test_a_thread_whose_job_was_canceled_before_it_began_does_nothing(journal, monkeypatch):
     held = []
-    start = threading.Thread.start
-    monkeypatch.setattr(
-        threading.Thread,
-        "start",
-        lambda thread: held.append(thread) if thread.name == "job" else start(thread),
-    )
-    one = runner_of(journal)
-    one.start()
-    job_id = accept(one)
-    one.cancel(job_id)
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda *call: held.append(call))
+        one = runner_of(journal)
+        one.start()
+        job_id = accept(one)
+        one.cancel(job_id)
+    function, arguments = held[0]
+    thread = threading.Thread(target=function, args=arguments)
 
-    start(held[0])
+    thread.start()
 
-    held[0].join(5)
+    thread.join(5)
     poll(lambda: journal.job(job_id).state is State.DELIVERED, "delivered")
     assert (journal.job(job_id).outcome, journal.job(job_id).starts) == ("canceled", 0)
     assert one.drain(5).waiting == 0
@@ -620,7 +619,7 @@ def test_a_stop_does_not_wait_for_a_journal_that_fails(journal, gate):
         begun_at = time.monotonic()
         with pytest.raises(errors.JournalError):
             one.drain(0.05)
-        gate.threads[0].join(5)
+        poll(lambda: not one._running, "the place is free again")
 
     assert time.monotonic() - begun_at < 3
     assert journal.job(job_id).state is State.RUNNING
@@ -638,7 +637,7 @@ def test_a_lost_journal_ends_the_threads_without_a_postback(tmp_path, gate):
         gate.open()
 
         assert lost.wait(5)
-        gate.threads[0].join(5)
+        poll(lambda: not one._running, "the place is free again")
         with pytest.raises(errors.JournalLostError):
             one.drain(0.05)
     assert postbox.jobs == []

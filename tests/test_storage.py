@@ -119,7 +119,7 @@ def write_together(one: Storage, *works, durable: tuple[bool, ...] = ()) -> list
             pool.submit(one.write, work, durable=flag)
             for work, flag in zip(works, durable or (False,) * len(works), strict=True)
         ]
-        poll(lambda: len(one._waiting) == len(works), "all writers wait")
+        poll(lambda: len(one._queue) == len(works), "all writers wait")
         release.set()
         first.result()
     return futures

@@ -43,8 +43,9 @@ _DETAILS = {
     500: "The service failed: what happened is in its log.",
 }
 
-#: Threads that answer requests. They wait for commits, and share them, so they may be many.
-THREADS = 32
+#: Threads that answer requests. They share commits, so more of them accept more jobs a second,
+#: until they crowd out the threads that deliver: 16 measured best (docs/design.md).
+THREADS = 16
 
 #: Connections at most; a half-sent request holds one until it has been silent for the timeout.
 CONNECTIONS = 2000
