@@ -33,7 +33,7 @@ def serve(descriptor: int, parent_pid: int) -> None:
     except errors.ConfigError as exc:
         parent.send(exc.problems)
         return
-    parent.send(None)
+    parent.send(())
     sending = threading.Lock()  # an analysis may report from threads of its own
 
     def send(job_id: str, message: analysis.Progress | model.Ending) -> None:
