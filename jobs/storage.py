@@ -142,15 +142,18 @@ class Storage:
 
     def _lead(self) -> None:
         """Commit for all who wait, then let the first of those who came meanwhile lead."""
-        with self._lock:
+        batch: list[_Write[Any]] = []
+        try:
+            with self._lock:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        finally:
             with self._queue_lock:
-                batch, self._queue = self._queue, []
-            self._commit(batch)
-        with self._queue_lock:
-            self._is_led = bool(self._queue)
-            woken = batch[1:] + self._queue[:1]
-        for write in woken:
-            write.woken.release()
+                self._is_led = bool(self._queue)
+                woken = batch[1:] + self._queue[:1]
+            for write in woken:
+                write.woken.release()
 
     def _commit(self, batch: "list[_Write[Any]]") -> None:
         try:
@@ -158,7 +161,7 @@ class Storage:
         except Exception as exc:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             error = self._failed(exc) if isinstance(exc, sqlite3.Error) else exc
             self._roll_back()
-            if len(batch) == 1 or isinstance(error, errors.JournalLostError):
+            if len(batch) == 1:
                 for write in batch:
                     write.fail(error)
             else:  # one of them spoiled it: each alone
