@@ -129,7 +129,7 @@ class ProcessExecutor:
         threading.Thread(target=self._start_wanted, name="workers", daemon=True).start()
         self._wanted.release(self._count)
         worker = self._idle.get()
-        if problems := worker.problems() if worker else ():
+        if worker and (problems := self._problems(worker)):
             self.close()
             raise errors.ConfigError(problems)
         self._idle.put(worker)
@@ -166,6 +166,12 @@ class ProcessExecutor:
             workers, self._alive = self._alive, set()
         for worker in workers:
             worker.end()
+
+    def _problems(self, worker: "_Worker") -> Sequence[str]:
+        try:
+            return worker.problems()
+        except (EOFError, OSError):
+            return [f"ANALYSIS={self._name!r}: loading it ended the process: {worker.end()}"]
 
     def _take(self, job_id: str) -> "_Worker | None":
         while worker := self._idle.get():
@@ -236,12 +242,9 @@ class _Worker:
         return self._killed or self._process.poll() is not None
 
     def problems(self) -> Sequence[str]:
-        """Return why the analysis cannot be loaded, as lines; none when it can."""
+        """Return why the analysis cannot be loaded, as lines; raise when it ends the process."""
         if self._problems is None:
-            try:
-                self._problems = self._connection.recv()
-            except (EOFError, OSError):
-                self._problems = [f"ANALYSIS: loading it ended the process: {self.end()}"]
+            self._problems = self._connection.recv()
         return self._problems or ()
 
     def analyze(self, job_id: str, body: bytes, report: Report) -> model.Ending:
@@ -264,8 +267,7 @@ class _Worker:
         self._killed = True
 
     def end(self) -> str:
-        """Kill what is left, and return how it ended. The connection is of no more use."""
+        """Kill what is left, and return how it ended."""
         self.kill()
         code = self._process.wait()
-        self._connection.close()
         return f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
