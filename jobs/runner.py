@@ -356,6 +356,8 @@ class Runner:
             log.info("late result ignored", extra=_facts(job))
             self._leave_attempts(job.receiver, taken)
             return job, None
+        if not taken:  # places may have become free before the journal said that one is needed
+            self._wake()
         return job, event.body if taken else None
 
     def _run(self, job: model.Job, data: Any) -> model.Ending:
