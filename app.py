@@ -25,7 +25,8 @@ import postback
 import processing
 from config import Config
 from jobs import errors, model
-from jobs.executors import ThreadExecutor
+from jobs.dask_executor import DaskExecutor
+from jobs.executors import Executor, ProcessExecutor, ThreadExecutor
 from jobs.journal import Journal
 from jobs.runner import Limits, Runner
 from web import browser, intake, logs, metrics, outbound
@@ -139,8 +140,16 @@ class Api:
             "result": ending.get("result"),
             "error": ending.get("error"),
             **links,
+            "progress": self._progress(job),
             "attempts": self._journal.attempts(job_id),
         }
+
+    def _progress(self, job: model.Job) -> dict[str, Any] | None:
+        progress = self._runner.progress(job.id)
+        if progress is None or job.state is not model.State.RUNNING:
+            return None
+        at = model.text_of(progress.at)
+        return {"fraction": progress.fraction, "note": progress.note, "at": at}
 
     def result(self, job_id: str) -> bytes:
         """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
@@ -171,9 +180,9 @@ class Api:
         return {"status": "alive"}
 
     def readyz(self) -> dict[str, str]:
-        """Answer GET /readyz: a job would be accepted now."""
-        if refusal := self._runner.refusal():
-            raise refusal
+        """Answer GET /readyz: a job would be accepted now, and its analysis could run."""
+        if reason := self._runner.refusal() or self._runner.standstill():
+            raise reason
         return {"status": "ready"}
 
     def stats(self) -> dict[str, Any]:
@@ -197,7 +206,7 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._happened: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._analyze = processing.load(config.analysis)
+        self._executor = _executor(config)
         self._metrics = Metrics()
         self._journal = Journal(
             config.journal_path,
@@ -210,9 +219,11 @@ class Service:
         """Open the journal, take up what is unfinished, and begin to answer.
 
         Raises:
-            ConfigError: The journal or the address cannot be used.
+            ConfigError: The journal, the address or the analysis cannot be used.
+            JournalError: What is unfinished cannot be taken up.
         """
         settings = self._config
+        self._executor.start()
         self._journal.open()
         max_body_bytes = max(settings.max_body_bytes, settings.postback_max_bytes + ENVELOPE_BYTES)
         self._server = Server(host=settings.host, port=settings.port, max_body_bytes=max_body_bytes)
@@ -239,6 +250,15 @@ class Service:
         self.runner.start()
         self._server.start(logs.watched(api.application(), self._metrics.answered))
 
+    def check(self) -> None:
+        """Try what can be tried without the journal and the address.
+
+        Raises:
+            ConfigError: The analysis cannot be run.
+        """
+        self._executor.start()
+        self._executor.close()
+
     def catch_signals(self) -> None:
         """Let a signal stop the service in order, also one that comes while it starts."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -260,6 +280,7 @@ class Service:
     def stop(self) -> int:
         """Drain and close; return how many jobs wait for the next start."""
         drained = self.runner.drain(self._config.drain_seconds)
+        self._executor.close()
         self._server.stop()
         self._sender.close()
         self._journal.close()
@@ -304,10 +325,10 @@ class Service:
         settings = self._config
         return Runner(
             journal=self._journal,
-            executor=ThreadExecutor(self._analyze),
+            executor=self._executor,
             postback=self._sender,
             limits=Limits(
-                max_running=settings.max_running,
+                max_running=_places(settings),
                 max_pending=settings.max_pending,
                 job_timeout_seconds=settings.job_timeout_seconds,
                 retention_seconds=settings.retention_seconds,
@@ -331,17 +352,39 @@ def main(arguments: Sequence[str]) -> NoReturn:
         logs.configure(settings.log_level, settings.log_format)
         service = Service(settings)
         if arguments:
+            service.check()
             print("The settings are fine.")
             sys.exit(0)
         service.catch_signals()
         service.start()
-    except errors.ConfigError as exc:
-        print("\n".join(exc.problems), file=sys.stderr)
+    except (errors.ConfigError, errors.JournalError) as exc:
+        print(exc, file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     _greet(service, settings)
     code = service.run()
     logging.shutdown()
     os._exit(code)  # daemon threads may hold on to an analysis: nobody waits for them
+
+
+def _executor(settings: Config) -> Executor:
+    load, name = processing.load, settings.analysis
+    if settings.executor == "process":
+        return ProcessExecutor(load, name, workers=_places(settings))
+    if settings.executor == "dask":
+        return DaskExecutor(
+            load,
+            name,
+            scheduler_url=settings.dask_scheduler or "",
+            upload_path=settings.dask_upload,
+        )
+    return ThreadExecutor(load(name))
+
+
+def _places(settings: Config) -> int:
+    """Return how many analyses may run at once."""
+    if settings.executor == "process":
+        return min(settings.workers or os.cpu_count() or 1, settings.max_running)
+    return settings.max_running
 
 
 def _new_job(payload: intake.Payload, policy: outbound.Policy) -> model.Job:

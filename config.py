@@ -124,6 +124,19 @@ def headers(text: str) -> Mapping[str, str]:
     return dict(_checked(value, fit, expected))
 
 
+def scheduler(text: str) -> str:
+    """Return the address of a Dask scheduler."""
+    fit = re.fullmatch(r"(tcp|tls)://(\[[0-9A-Fa-f:.]+\]|[\w.-]+):[0-9]{1,5}", text)
+    return _checked(text, bool(fit), "an address such as tcp://127.0.0.1:8786, or tls://...")
+
+
+def upload(text: str) -> Path:
+    """Return a file that Dask workers can import."""
+    path = Path(text)
+    fit = path.suffix in (".py", ".zip", ".egg") and path.is_file()
+    return _checked(path, fit, "a .py, .zip or .egg file that is there")
+
+
 def choice(*words: str) -> Callable[[str], str]:
     """Return a parser that takes one of these words."""
 
@@ -156,7 +169,18 @@ class Config:
     analysis: str = _setting(
         word, "processing:analyze", "your function, as package.module:function"
     )
-    executor: str = _setting(choice("thread"), "thread", "where the analysis runs")
+    executor: str = _setting(
+        choice("thread", "process", "dask"), "thread", "where the analysis runs: or process, dask"
+    )
+    workers: int | None = _setting(
+        count, None, "child processes of EXECUTOR=process; unset: as many as cores"
+    )
+    dask_scheduler: str | None = _setting(
+        scheduler, None, "for EXECUTOR=dask: such as tcp://127.0.0.1:8786"
+    )
+    dask_upload: Path | None = _setting(
+        upload, None, "a .py, .zip or .egg file for the Dask workers, such as your analysis"
+    )
     job_timeout_seconds: float | None = _setting(
         duration_or_none, "none", "how long an analysis may take"
     )
@@ -203,6 +227,8 @@ def load() -> Config:
             values[setting.name] = _read(variable(setting.name), setting.metadata)
         except ValueError as exc:
             problems.append(str(exc))
+    if values.get("executor") == "dask" and not values.get("dask_scheduler", "refused already"):
+        problems.append("DASK_SCHEDULER: EXECUTOR=dask needs one, such as tcp://127.0.0.1:8786")
     if problems:
         raise errors.ConfigError(problems)
     return Config(**values)

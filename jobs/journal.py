@@ -65,8 +65,13 @@ class Journal:
         return self._storage.failure
 
     def probe(self) -> None:
-        """Write nothing of meaning, to see whether the journal can be written again."""
-        self._storage.write(lambda connection: connection.execute(_PROBE))
+        """Write nothing that stays, to see whether the journal can be written again."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(_PROBE)
+            connection.execute(_UNDO_PROBE)
+
+        self._storage.write(work)
 
     # Accept
 
@@ -412,7 +417,12 @@ def _after(attempt: model.Attempt, now: datetime) -> tuple[State, str | None, st
     return State.DELIVERING, model.text_of(next_at), None
 
 
-_PROBE = "UPDATE jobs SET state = state WHERE seq = -1"
+# A change of no row would write no page, and succeed on a full disk.
+_PROBE = """
+    INSERT INTO received (webhook_id, received_at, signature, body) VALUES ('', '', 'none', x'')
+"""
+
+_UNDO_PROBE = "DELETE FROM received WHERE webhook_id = ''"
 
 _ACCEPT = """
     INSERT INTO jobs (id, state, postback_url, receiver, created_at, forwarded,

@@ -7,7 +7,7 @@ that are due, ends what takes too long, and prunes. Jobs that wait do so in the 
 
 import _thread
 import contextlib
-import json
+import functools
 import logging
 import math
 import threading
@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 from jobs import errors, model
+from jobs.analysis import Progress
 from jobs.executors import Executor
 from jobs.journal import Journal
 from jobs.model import State
@@ -131,6 +132,8 @@ class Runner:
         self._waiting = 0  # jobs in the journal that need a thread
         self._starting = 0  # threads that have not begun their job yet
         self._running: dict[str, float] = {}  # job id: when it times out (monotonic)
+        self._progress: dict[str, Progress] = {}  # of those that told any
+        self._outlived: set[str] = set()  # ended by others; their threads have not come back yet
         self._suspects: deque[model.Job] = deque()  # not begun again yet
         self._alone: set[str] = set()  # suspects whose analysis has not ended
         self._attempts: Counter[str] = Counter()  # under way, by receiver
@@ -154,7 +157,7 @@ class Runner:
                 self._suspects.append(job)
             else:
                 message = f"The process ended {job.starts} times while it ran."
-                self._decide(job, model.crashed(message), source=State.RUNNING)
+                self._end(job, model.crashed(message), due_now=True)
         self._alone = {job.id for job in self._suspects}
         self._waiting = waiting + len(self._suspects)
         if suspects or waiting:
@@ -193,11 +196,13 @@ class Runner:
             MoveError: Its analysis has ended already.
         """
         try:
-            self._decide(self._journal.job(job_id), model.canceled(), source=State.ACCEPTED)
+            job = self._journal.job(job_id)
+            self._end(job, model.canceled(), due_now=True, source=State.ACCEPTED)
         except errors.MoveError:
-            self._decide(self._journal.job(job_id), model.canceled(), source=State.RUNNING)
+            self._overtake(self._journal.job(job_id), model.canceled())
         else:
             self._count_waiting(-1)
+            self._wake()
 
     def resend(self, job_id: str) -> None:
         """Post an ended job's event again, under the same webhook-id.
@@ -209,12 +214,27 @@ class Runner:
         self._journal.resend(job_id, now=self._clock())
         self._wake()
 
+    def progress(self, job_id: str) -> Progress | None:
+        """Return what a running analysis last said of itself, if it did."""
+        return self._progress.get(job_id)
+
+    @property
+    def outlived(self) -> int:
+        """How many threads still run an analysis that has timed out or was canceled."""
+        return len(self._outlived)
+
     def refusal(self) -> errors.UnavailableError | None:
         """Return why no job can be accepted now; None when one can."""
         with self._lock:
             if self._journal.failure:  # have it probed, at most once in this time
                 self._wake_by(time.monotonic() + RETRY_SECONDS)
             return self._refusal() or self._journal.failure
+
+    def standstill(self) -> errors.UnavailableError | None:
+        """Return why accepted jobs only wait; None when their analyses can run."""
+        if failure := self._executor.failure():
+            return errors.UnavailableError(f"{failure} Jobs are accepted, and wait.")
+        return None
 
     def drain(self, seconds: float) -> Drained:
         """Stop: begin nothing more, let what runs end, leave the rest in the journal.
@@ -331,6 +351,7 @@ class Runner:
                 self._waiting -= 1
             if suspect and not begun:
                 self._alone.discard(suspect.id)
+                self._outlived.discard(suspect.id)
             if begun:
                 self._running[begun[0].id] = times_out_at = self._times_out_at()
                 self._wake_by(times_out_at)
@@ -347,7 +368,7 @@ class Runner:
 
     def _analyze(self, job: model.Job, body: bytes) -> tuple[model.Job, bytes | None]:
         """Return the job as it ended, and its event if this thread is to post it."""
-        ending = self._run(job, json.loads(body)["data"])
+        ending = self._executor.run(job.id, body, functools.partial(self._report, job.id))
         with self._lock:
             taken = self._take_attempts(job.receiver, 1)
         try:
@@ -360,11 +381,10 @@ class Runner:
             self._wake()
         return job, event.body if taken else None
 
-    def _run(self, job: model.Job, data: Any) -> model.Ending:
-        try:
-            return model.succeeded(self._executor.run(job.id, data))
-        except BaseException as exc:  # noqa: BLE001 - whatever the user's code raises is an outcome
-            return model.failed(exc)
+    def _report(self, job_id: str, progress: Progress) -> None:
+        with self._lock:
+            if job_id in self._running:  # a thread of the analysis may outlive it
+                self._progress[job_id] = progress
 
     def _end(
         self, job: model.Job, ending: model.Ending, *, due_now: bool, source: State = State.RUNNING
@@ -389,19 +409,30 @@ class Runner:
         self._observer.finished(job)
         return job, event
 
-    def _decide(self, job: model.Job, ending: model.Ending, *, source: State) -> None:
-        """End a job whose own thread does not: its first attempt is due at once.
+    def _overtake(self, job: model.Job, ending: model.Ending) -> None:
+        """End a job that runs: what its thread still comes back with is ignored.
 
         Raises:
-            MoveError: It is not in the state `source`.
+            MoveError: It does not run; it has ended in another way.
         """
-        self._end(job, ending, due_now=True, source=source)
-        self._executor.stop(job.id)
+        with self._lock:  # before the move, or its thread might come back in between
+            is_first = job.id not in self._outlived
+            self._outlived.add(job.id)
+        try:
+            self._end(job, ending, due_now=True)
+        except errors.Error:
+            with self._lock:
+                self._outlived -= {job.id} if is_first else set()
+            raise
+        if not self._executor.stop(job.id):
+            log.warning("thread outlived its job", extra=_facts(job))
         self._wake()
 
     def _leave_place(self, job_id: str) -> None:
         with self._lock:
             del self._running[job_id]
+            self._progress.pop(job_id, None)
+            self._outlived.discard(job_id)
             self._alone.discard(job_id)
             self._notify_if_idle()
         self._start_waiting()
@@ -486,7 +517,13 @@ class Runner:
         if self._journal.failure:
             self._journal.probe()
         self._start_waiting()
-        return min(self._end_overdue(), self._start_due(), self._prune(), self._until_next_start())
+        return min(
+            self._end_overdue(),
+            self._stop_outlived(),
+            self._start_due(),
+            self._prune(),
+            self._until_next_start(),
+        )
 
     def _end_overdue(self) -> float:
         """End the jobs that are over JOB_TIMEOUT; return the seconds until the next one is."""
@@ -502,7 +539,15 @@ class Runner:
     def _time_out(self, job_id: str) -> None:
         ending = model.timed_out(self._limits.job_timeout_seconds or 0)
         with contextlib.suppress(errors.MoveError):  # it ended at the same moment
-            self._decide(self._journal.job(job_id), ending, source=State.RUNNING)
+            self._overtake(self._journal.job(job_id), ending)
+
+    def _stop_outlived(self) -> float:
+        """Stop again what could not be stopped yet; return the seconds until the next time."""
+        with self._lock:
+            outlived = list(self._outlived)
+        for job_id in outlived:
+            self._executor.stop(job_id)
+        return RETRY_SECONDS if outlived else math.inf
 
     def _start_due(self) -> float:
         """Start the attempts that are due; return the seconds until the next one is."""

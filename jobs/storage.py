@@ -209,6 +209,7 @@ class Storage:
         self._refuse_replaced()
         self._synchronise("FULL" if any(write.durable for write in batch) else "NORMAL")
         connection.execute("BEGIN IMMEDIATE")
+        changes = connection.total_changes
         for write in batch:
             write.run(connection)
         began = time.perf_counter()
@@ -216,7 +217,7 @@ class Storage:
         for write in batch:
             write.ended = True
         self._on_commit(time.perf_counter() - began)
-        if self._failure:
+        if self._failure and connection.total_changes > changes:  # else it wrote nothing
             self._failure = None
             log.warning("journal recovered")
 

@@ -1,8 +1,13 @@
 """Small analyses, to be named as ANALYSIS=tests.analyses:name."""
 
 import contextlib
+import ctypes
+import os
+import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 #: How long anything waits here: a test that forgot to open a gate fails, it does not hang.
@@ -119,3 +124,80 @@ def change(data: list[Any]) -> str:
     """Empty what it is given."""
     data.clear()
     return "emptied"
+
+
+def end_process(data: Any) -> Any:
+    """End the process in the way that the data names; anything else is echoed."""
+    ways = {
+        "segfault": lambda: ctypes.string_at(0),
+        "exit 0": lambda: os._exit(0),
+        "exit 3": lambda: os._exit(3),
+        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "segfault, a child lives": _leave_a_child,
+    }
+    return ways.get(data, lambda: data)()
+
+
+def be_deaf(data: str) -> None:
+    """Pass over every signal, write the ids of this process and of a child, and never return."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", str(PATIENCE_SECONDS)])
+    note_down(data, f"{os.getpid()} {child.pid}")
+    while True:
+        pass
+
+
+def pid(data: Any) -> int:
+    return os.getpid()
+
+
+def meet(data: dict[str, Any]) -> int:
+    """Write this process's id down at `here`, wait until `there` exists, and return the id."""
+    note_down(data["here"], str(os.getpid()))
+    wait_for_file(data["there"])
+    return os.getpid()
+
+
+def report(data: list[Any], progress: Any) -> str:
+    """Report each of the reports, then wait until the last path exists."""
+    *reports, path = data
+    for one in reports:
+        progress(*one)
+    wait_for_file(path)
+    return "told"
+
+
+def note_down(path: str, text: str) -> None:
+    """Write a file that is there as a whole, or not at all."""
+    Path(f"{path}.new").write_text(text, encoding="ascii")
+    Path(f"{path}.new").rename(path)
+
+
+def wait_for_file(path: str) -> None:
+    for _ in range(PATIENCE_SECONDS * 100):
+        if Path(path).exists():
+            return
+        threading.Event().wait(0.01)
+    raise TimeoutError(path)
+
+
+def _leave_a_child() -> None:
+    if os.fork() == 0:
+        threading.Event().wait(PATIENCE_SECONDS)
+        os._exit(0)
+    ctypes.string_at(0)
+
+
+def either(data: Any) -> Any:
+    """Meet where the data names two paths, else end the process as it says."""
+    return meet(data) if isinstance(data, dict) else end_process(data)
+
+
+def start_child(data: str) -> int:
+    """Start a child, and once the file `data`.go is there tell which signal could end it."""
+    child = subprocess.Popen(["sleep", str(PATIENCE_SECONDS)])
+    note_down(data, f"{os.getpid()} {child.pid}")
+    wait_for_file(f"{data}.go")
+    child.terminate()
+    return child.wait()
