@@ -313,6 +313,7 @@ def test_help_lists_the_verbs(checkout):
         (["serve", "--check"], ["app.py --check"]),
         (["demo"], ["-m web.demo"]),
         (["receiver"], ["-m web.receiver"]),
+        (["fuzz", "1000", "7"], ["-m tests.soak.fuzz 1000 7"]),
         (["test", "-k", "two words"], ["-m pytest -k two words"]),
         (["format"], ["-m ruff check --fix .", "-m ruff format ."]),
         (
