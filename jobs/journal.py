@@ -37,9 +37,15 @@ class Received:
 class Journal:
     """The record. Every method may be called from any thread, and raises JournalError."""
 
-    def __init__(self, path: Path, *, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_lost: Callable[[], None],
+        on_commit: Callable[[float], None] = lambda _: None,
+    ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
-        self._storage = Storage(path, schema=schema, on_lost=on_lost)
+        self._storage = Storage(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
 
     def open(self) -> None:
         """Open the file, alone.
@@ -59,8 +65,13 @@ class Journal:
         return self._storage.failure
 
     def probe(self) -> None:
-        """Write nothing of meaning, to see whether the journal can be written again."""
-        self._storage.write(lambda connection: connection.execute(_PROBE))
+        """Write nothing that stays, to see whether the journal can be written again."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(_PROBE)
+            connection.execute(_UNDO_PROBE)
+
+        self._storage.write(work)
 
     # Accept
 
@@ -292,6 +303,21 @@ class Journal:
         """Return every attempt of a job, as it is shown, the first first."""
         return [dict(row) for row in self._storage.read(_ATTEMPTS, {"id": job_id})]
 
+    def census(self) -> list[tuple[State, int, datetime | None]]:
+        """Return, for each state but `delivered`, how many jobs there are and since when."""
+        return [
+            (State(row["state"]), row["jobs"], _instant(row["created_at"]))
+            for row in self._storage.read(_CENSUS, {})
+        ]
+
+    def size_bytes(self) -> int:
+        """Return the size of the file and of its write-ahead log."""
+        return self._storage.size_bytes()
+
+    def backup(self) -> Path:
+        """Copy the journal, while it is written, to a file beside it; return the copy's path."""
+        return self._storage.backup()
+
     # The built-in receiver
 
     def receive(self, postback: Received) -> bool:
@@ -391,7 +417,12 @@ def _after(attempt: model.Attempt, now: datetime) -> tuple[State, str | None, st
     return State.DELIVERING, model.text_of(next_at), None
 
 
-_PROBE = "UPDATE jobs SET state = state WHERE seq = -1"
+# A change of no row would write no page, and succeed on a full disk.
+_PROBE = """
+    INSERT INTO received (webhook_id, received_at, signature, body) VALUES ('', '', 'none', x'')
+"""
+
+_UNDO_PROBE = "DELETE FROM received WHERE webhook_id = ''"
 
 _ACCEPT = """
     INSERT INTO jobs (id, state, postback_url, receiver, created_at, forwarded,
@@ -487,6 +518,14 @@ _WAITING = "SELECT count(*) FROM jobs WHERE state = 'accepted'"
 
 _UNFINISHED = """
     SELECT count(*) FROM jobs WHERE state IN ('accepted', 'running', 'delivering')
+"""
+
+_CENSUS = """
+    SELECT value AS state,
+           (SELECT count(*) FROM jobs WHERE state = value) AS jobs,
+           (SELECT created_at FROM jobs
+             WHERE seq = (SELECT min(seq) FROM jobs WHERE state = value)) AS created_at
+      FROM json_each('["accepted", "running", "delivering", "undelivered"]')
 """
 
 _PRUNE_JOBS = """

@@ -56,6 +56,19 @@ class Postback(Protocol):
         """Make the job's next attempt; never raises."""
 
 
+class Observer:
+    """Is told what happened, after it did. This one takes no notice; none may raise or wait."""
+
+    def accepted(self, job: model.Job) -> None:
+        """Hear of a job that was committed."""
+
+    def finished(self, job: model.Job) -> None:
+        """Hear of a job whose analysis ended: its outcome is stored."""
+
+    def attempted(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
+        """Hear of an attempt, and of the state its job has now."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How much the runner does at once, and for how long.
@@ -102,6 +115,7 @@ class Runner:
         postback: Postback,
         limits: Limits,
         result_url: Callable[[str], str],
+        observer: Observer | None = None,
         clock: Callable[[], datetime] = model.utc_now,
     ) -> None:
         self._journal = journal
@@ -109,6 +123,7 @@ class Runner:
         self._postback = postback
         self._limits = limits
         self._result_url = result_url
+        self._observer = observer or Observer()
         self._clock = clock
         self._lock = threading.Lock()  # guards what follows, for a few lines at a time
         self._idle = threading.Condition(self._lock)
@@ -169,6 +184,7 @@ class Runner:
         accepted = self._commit(job, body, idempotency_key, body_sha256)
         if accepted == job.id:
             log.info("job accepted", extra=_facts(job))
+            self._observer.accepted(job)
             self._start_waiting()
         return accepted
 
@@ -388,6 +404,7 @@ class Runner:
         self._journal.end(job, ending.outcome, event, finished_at=now, due_at=due_at, source=source)
         job = replace(job, state=State.DELIVERING, outcome=ending.outcome, finished_at=now)
         log.info("analysis ended", extra=_facts(job) | {"outcome": ending.outcome})
+        self._observer.finished(job)
         return job, event
 
     def _overtake(self, job: model.Job, ending: model.Ending) -> None:
@@ -447,6 +464,7 @@ class Runner:
             attempt = self._postback.attempt(job, event)
             state = self._insist(lambda: self._journal.record(job, attempt, now=self._clock()))
             self._log_attempt(job, attempt, state)
+            self._observer.attempted(job, attempt, state)
             self._note_next(attempt.seconds_until_next)
         finally:
             self._leave_attempts(job.receiver, 1)

@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,10 +60,18 @@ class Storage:
     Every method may be called from any thread.
     """
 
-    def __init__(self, path: Path, *, schema: str, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        schema: str,
+        on_lost: Callable[[], None],
+        on_commit: Callable[[float], None] = lambda _: None,
+    ) -> None:
         self._path = path
         self._schema = schema
         self._on_lost = on_lost
+        self._on_commit = on_commit
         self._lock = threading.Lock()  # guards the connection
         self._queue_lock = threading.Lock()  # guards the next two
         self._queue: list[_Write[Any]] = []
@@ -140,6 +149,33 @@ class Storage:
             self._lead()
         return write.outcome()
 
+    def size_bytes(self) -> int:
+        """Return the size of the file and of its write-ahead log."""
+        files = (self._path, Path(f"{self._path}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def backup(self) -> Path:
+        """Copy the journal to a file beside it, whole at every moment, and return its path.
+
+        Nobody else can open the file of a running service. Writes wait for as long as it takes.
+
+        Raises:
+            JournalError: There is no new copy; an earlier one is as it was.
+        """
+        part, copy = Path(f"{self._path}.part"), Path(f"{self._path}.backup")
+        try:
+            part.unlink(missing_ok=True)
+            part.touch(mode=0o600)
+            with self._lock:
+                self._open_connection().execute("VACUUM INTO ?", (str(part),))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            return part.replace(copy)
+        except (OSError, sqlite3.Error) as exc:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
+
     def _lead(self) -> None:
         """Commit for all who wait, then let the first of those who came meanwhile lead."""
         batch: list[_Write[Any]] = []
@@ -173,12 +209,15 @@ class Storage:
         self._refuse_replaced()
         self._synchronise("FULL" if any(write.durable for write in batch) else "NORMAL")
         connection.execute("BEGIN IMMEDIATE")
+        changes = connection.total_changes
         for write in batch:
             write.run(connection)
+        began = time.perf_counter()
         connection.execute("COMMIT")
         for write in batch:
             write.ended = True
-        if self._failure:
+        self._on_commit(time.perf_counter() - began)
+        if self._failure and connection.total_changes > changes:  # else it wrote nothing
             self._failure = None
             log.warning("journal recovered")
 

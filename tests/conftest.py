@@ -57,6 +57,7 @@ def gate() -> Iterator[analyses.Gate]:
 def start(monkeypatch):
     """Return a function that starts the service in this process, with these settings."""
     started: list[InProcess] = []
+    before = set(threading.enumerate())
 
     def start(**settings: str) -> InProcess:
         for name, value in settings.items():
@@ -68,10 +69,8 @@ def start(monkeypatch):
 
     for one in started:
         one.stop()
-    alive = [
-        thread.name for thread in threading.enumerate() if thread.name in ("server", "scheduler")
-    ]
-    assert not alive
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name in ("server", "scheduler")]
 
 
 @pytest.fixture

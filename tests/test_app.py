@@ -640,11 +640,11 @@ def test_a_signal_ends_in_the_code_that_tells_whether_jobs_wait(start, gate, job
     [service.process({"data": 1}) for _ in range(jobs)]
     gate.wait_for(jobs)
 
-    service.service._on_signal(signal.SIGUSR1, None)
+    service.service._on_signal(signal.SIGUSR2, None)
 
     found = service.service.run()
 
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
     service.start_again()
     assert found == code
 

@@ -121,7 +121,12 @@ def test_the_routes_are_those_of_the_service():
     nothing: Any = None
     receiver: Any = type("Receiver", (), {"receive": None})
     api = app.Api(
-        config=config.load(), journal=nothing, runner=nothing, receiver=receiver, base_url=""
+        config=config.load(),
+        journal=nothing,
+        runner=nothing,
+        receiver=receiver,
+        metrics=nothing,
+        base_url="",
     )
 
     served = [f"{route.method} {route.rule}" for route in api.application().routes]
@@ -155,7 +160,7 @@ def test_the_verbs_are_those_of_run():
 
 def test_every_file_of_the_product_is_in_the_layout():
     listed = set().union(*(words(row[0]) for row in table("files")))
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("jobs/*.*"), *ROOT.glob("web/*.*")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("jobs/*.*"), *ROOT.glob("web/*.*"), ROOT / "web/page"]
     product = {str(path.relative_to(ROOT)) for path in paths if path.name != "__init__.py"}
 
     assert listed == product

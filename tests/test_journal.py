@@ -907,7 +907,6 @@ STATEMENTS = {
     "job": journal._JOB,
     "detail": journal._DETAIL,
     "attempts": journal._ATTEMPTS,
-    "probe": journal._PROBE,
 }
 
 

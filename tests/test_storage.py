@@ -77,6 +77,10 @@ class Faulty:
     def in_transaction(self) -> bool:
         return self._connection.in_transaction
 
+    @property
+    def total_changes(self) -> int:
+        return self._connection.total_changes
+
     def close(self) -> None:
         self._connection.close()
 
@@ -642,6 +646,15 @@ def test_a_read_that_fails_is_told_and_the_next_write_recovers(opened):
 
     opened.note("a")
     assert opened.failure is None
+
+
+def test_a_commit_that_wrote_nothing_does_not_show_that_the_disk_takes_writes_again(opened):
+    make_faulty(opened, "SQLITE_FULL", 2)
+    capture(lambda: opened.note("a"))
+
+    opened.write(lambda connection: connection.execute("DELETE FROM notes").rowcount)
+
+    assert opened.failure
 
 
 def test_a_fault_without_a_code_of_sqlite_is_told_by_its_type(opened):

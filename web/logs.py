@@ -1,11 +1,16 @@
 """One happening, one log line: a time, a level, a fixed phrase, and values by name.
 
-Lines go to standard error. No payload, result, token or secret is ever handed to a logger.
+Lines go to standard error. No payload, result, token or secret is ever handed to a logger. Each
+answer is such a happening, too: a line of the logger `postback.access`.
 """
 
 import json
 import logging
+import os
 import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -15,6 +20,17 @@ from jobs import model
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+#: Colours of the levels that somebody should look at, as ANSI escapes.
+_COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31;1m"}
+
+#: Characters of a path that are logged.
+MAX_PATH = 200
+
+access_log = logging.getLogger("postback.access")
+
+WSGI = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
 def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     """Send every log line of the process to `stream`, standard error by default.
 
@@ -22,8 +38,10 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
         level: The least level that is written.
         style: "text" or "json".
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    text = TextFormatter(in_colour=_is_terminal(stream) and not os.environ.get("NO_COLOR"))
+    handler.setFormatter(JSONFormatter() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # A stream that was closed, or a full disk, must not stop the service.
     logging.raiseExceptions = False
@@ -33,17 +51,33 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # it is missing, or closed
+        return False
+
+
 class TextFormatter(logging.Formatter):
     """`2026-01-02T03:04:05.678Z INFO postback job accepted job_id=4f1c…`."""
+
+    def __init__(self, *, in_colour: bool = False) -> None:
+        super().__init__()
+        self._in_colour = in_colour
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line; a traceback stands below it, indented."""
         values = "".join(f" {name}={_shown(value)}" for name, value in _values(record).items())
         message = record.getMessage()
         phrase = message if message.isprintable() else json.dumps(message)
-        line = f"{_time(record)} {record.levelname} {record.name} {phrase}{values}"
+        level = self._painted(record.levelname)
+        line = f"{_time(record)} {level} {record.name} {phrase}{values}"
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         return "\n  ".join([line, *trace.splitlines()])
+
+    def _painted(self, level: str) -> str:
+        colour = _COLOURS.get(level) if self._in_colour else None
+        return f"{colour}{level}\033[0m" if colour else level
 
 
 class JSONFormatter(logging.Formatter):
@@ -61,6 +95,84 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
         return json.dumps(values, default=str)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """How a request was answered.
+
+    Attributes:
+        path: As it came, without the query, which may hold secrets.
+        route: The rule that took it, such as `/jobs/<job_id>`; "none" where no rule did.
+        error: Why it was refused, if it was by an error of ours.
+        job_id: The job that was accepted, or that the path names.
+    """
+
+    method: str
+    path: str
+    route: str
+    status_code: int
+    seconds: float
+    error: Exception | None
+    job_id: str | None
+
+
+def watched(application: WSGI, on_answer: Callable[[Answer], None] = lambda _: None) -> WSGI:
+    """Return the application, with one access line for each answer.
+
+    Args:
+        application: Leaves its route in `bottle.route` and its error in `postback.error`.
+        on_answer: Is told of each answer, too.
+    """
+
+    def watching(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        began = time.perf_counter()
+        started: list[Any] = ["500", []]
+
+        def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+            started[:] = status, headers
+            return start_response(status, headers, exc_info)
+
+        body = application(environ, start)
+        status, headers = started
+        answer = _answer(environ, int(status[:3]), dict(headers), time.perf_counter() - began)
+        _log(answer)
+        on_answer(answer)
+        return body
+
+    return watching
+
+
+def _answer(
+    environ: Mapping[str, Any], status_code: int, headers: Mapping[str, str], seconds: float
+) -> Answer:
+    route = environ.get("bottle.route")
+    accepted = headers.get("Location", "").removeprefix("/jobs/")
+    return Answer(
+        method=environ["REQUEST_METHOD"],
+        path=environ["PATH_INFO"],
+        route=route.rule if route else "none",
+        status_code=status_code,
+        seconds=seconds,
+        error=environ.get("postback.error"),
+        job_id=accepted or environ.get("route.url_args", {}).get("job_id"),
+    )
+
+
+def _log(answer: Answer) -> None:
+    # Probes, scrapes and the page ask every few seconds: when all is well, nobody looks for them.
+    is_quiet = answer.method == "GET" and answer.status_code < 400
+    access_log.log(
+        logging.DEBUG if is_quiet else logging.INFO,
+        "answered",
+        extra={
+            "job_id": answer.job_id,
+            "method": answer.method,
+            "path": answer.path[:MAX_PATH],
+            "status_code": answer.status_code,
+            "ms": round(answer.seconds * 1000, 1),
+        },
+    )
 
 
 def _values(record: logging.LogRecord) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+// Receive postbacks with the npm package standardwebhooks: verify, drop what came before, answer.
+import { createServer } from "node:http";
+import { Webhook } from "standardwebhooks";
+
+const webhook = new Webhook(process.env.POSTBACK_SECRET);
+const seen = new Set(); // better: a table whose key is the webhook-id
+
+async function take(request, response) {
+  const chunks = [];
+  for await (const chunk of request) chunks.push(chunk);
+  let event;
+  try {
+    event = webhook.verify(Buffer.concat(chunks).toString(), request.headers);
+  } catch {
+    response.writeHead(401).end();
+    return;
+  }
+  const id = request.headers["webhook-id"];
+  if (!seen.has(id)) console.log(event.type, event.data.id);
+  seen.add(id);
+  response.writeHead(204).end();
+}
+
+createServer(take).listen(Number(process.env.PORT ?? 8081), "127.0.0.1");

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Send a payload, and wait for its end. usage: submit.sh '{"data": [3, 1, 4]}'
+set -eu
+url=${POSTBACK:-http://127.0.0.1:8080}
+
+# -f: an answer that refuses is a failure. With the same Idempotency-Key it is safe to repeat.
+answer=$(curl -fsS "$url/process" -H "Authorization: Bearer ${API_TOKEN-}" \
+    -H 'Content-Type: application/json' -H "Idempotency-Key: ${KEY:-$(date +%s)-$$}" -d "$1")
+status_url=$(printf %s "$answer" | sed 's/.*"status_url": "\([^"]*\)".*/\1/')
+
+until job=$(curl -fsS "$status_url" -H "Authorization: Bearer ${API_TOKEN-}") &&
+    printf %s "$job" | grep -q '"ended_at": "'; do
+    sleep 1
+done
+printf '%s\n' "$job"
