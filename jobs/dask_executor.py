@@ -136,6 +136,8 @@ class DaskExecutor:
             )
             future.add_done_callback(lambda _: run.woken.set())
             run.woken.wait()
+            if client.status != "running":
+                return None
             if run.stopped:
                 future.cancel()
                 return None
@@ -211,12 +213,13 @@ class DaskExecutor:
             log.info("cluster connected", extra={"scheduler": self._url})
 
     def _upload(self, client: Any) -> None:
+        plugin = self._distributed.diagnostics.plugin
         with tempfile.TemporaryDirectory() as directory:
-            paths = [_bundle(Path(directory), self._load)]
-            if self._upload_path:
-                paths.append(self._upload_path)
-            for path in paths:
-                _register(client, path)
+            bundle_path = _bundle(Path(directory), self._load)
+            _register(client, plugin.SchedulerUploadFile, bundle_path)  # it reads what it hands on
+            _register(client, plugin.UploadFile, bundle_path)
+        if self._upload_path:
+            _register(client, plugin.UploadFile, self._upload_path)
 
 
 class _Run:
@@ -233,7 +236,9 @@ class _Run:
         self.stopped = False
 
 
-def analyze_on_worker(load: Load, name: str, topic: str, job_id: str, body: bytes) -> model.Ending:
+def analyze_on_worker(  # pragma: no cover - on the workers runs the copy that was uploaded
+    load: Load, name: str, topic: str, job_id: str, body: bytes
+) -> model.Ending:
     """Run the analysis on a Dask worker; its progress goes to the service as events of a topic."""
     from distributed import get_worker
 
@@ -249,7 +254,7 @@ def analyze_on_worker(load: Load, name: str, topic: str, job_id: str, body: byte
 
 
 @functools.cache
-def _loaded(load: Load, name: str) -> analysis.Analyze:
+def _loaded(load: Load, name: str) -> analysis.Analyze:  # pragma: no cover - as above
     return analysis.with_progress(load(name))
 
 
@@ -267,15 +272,18 @@ def _bundle(directory: Path, load: Load) -> Path:
     return bundle_path
 
 
-def _register(client: Any, path: Path) -> None:
-    """Give a file to the scheduler and to all workers, unless they have it: then it stays as is."""
-    from distributed.diagnostics import plugin
-
+def _register(client: Any, kind: Any, path: Path) -> None:
+    """Give a file to the scheduler, or to its workers; one that is there stays as it is."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    for kind in (plugin.SchedulerUploadFile, plugin.UploadFile):
-        upload = kind(str(path))
-        upload.idempotent = True
-        client.register_plugin(upload, name=f"postback-{path.name}-{digest[:12]}")
+    name = f"postback-{path.name}-{digest[:12]}"
+    upload = kind(str(path))
+    upload.idempotent = True
+    try:
+        client.register_plugin(upload, name=name)
+    except Exception:
+        with contextlib.suppress(Exception):  # or the next try would find it there
+            client.unregister_worker_plugin(name)
+        raise
 
 
 def _close(client: Any) -> None:

@@ -50,7 +50,7 @@ def serve(descriptor: int, parent_pid: int) -> None:
 
 def _die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when the service ends, even by kill -9."""
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # pragma: no branch
         import ctypes  # noqa: PLC0415 - needed here alone
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,8 @@
 """Fixtures: each stops what it starts, and asserts that it stopped."""
 
+import _thread
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -20,6 +22,22 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("JOURNAL", str(tmp_path / "journal.db"))
     monkeypatch.setenv("DRAIN", "5s")
+
+
+@pytest.fixture(autouse=True)
+def traced_threads(monkeypatch):
+    """Let coverage follow the threads of jobs, too: they are not started by `threading`."""
+    start, trace = _thread.start_new_thread, threading.gettrace()
+
+    def start_traced(function, args):
+        def run(*args):
+            sys.settrace(trace)
+            function(*args)
+
+        return start(run, args)
+
+    if trace:
+        monkeypatch.setattr(_thread, "start_new_thread", start_traced)
 
 
 @pytest.fixture

@@ -27,7 +27,12 @@ GOOD = [
     ("PUBLIC_URL", "https://jobs.example.com/base/", "https://jobs.example.com/base"),
     ("API_TOKEN", r"a\$b${HOME}%20", r"a\$b${HOME}%20"),
     ("ANALYSIS", "shop.prices:run", "shop.prices:run"),
-    ("EXECUTOR", "THREAD", "thread"),
+    ("EXECUTOR", "Process", "process"),
+    ("WORKERS", "64", 64),
+    ("DASK_SCHEDULER", "tcp://127.0.0.1:8786", "tcp://127.0.0.1:8786"),
+    ("DASK_SCHEDULER", "tls://dask-scheduler.internal:8786", "tls://dask-scheduler.internal:8786"),
+    ("DASK_SCHEDULER", "tcp://[::1]:8786", "tcp://[::1]:8786"),
+    ("DASK_UPLOAD", __file__, Path(__file__)),
     ("JOB_TIMEOUT", "none", None),
     ("JOB_TIMEOUT", "1.5s", 1.5),
     ("MAX_RUNNING", "1", 1),
@@ -70,7 +75,13 @@ BAD = [
     ("API_TOKEN", "two words", "no blanks"),
     ("API_TOKEN", "line\n", "no blanks"),
     ("ANALYSIS", "a b", "no blanks"),
-    ("EXECUTOR", "celery", "one of thread"),
+    ("EXECUTOR", "celery", "one of thread, process, dask"),
+    ("WORKERS", "0", "a whole number"),
+    ("DASK_SCHEDULER", "127.0.0.1:8786", "an address such as tcp://127.0.0.1:8786"),
+    ("DASK_SCHEDULER", "http://dask:8786", "an address such as tcp://"),
+    ("DASK_SCHEDULER", "tcp://dask", "an address such as tcp://"),
+    ("DASK_UPLOAD", "/nowhere/analysis.py", "a .py, .zip or .egg file that is there"),
+    ("DASK_UPLOAD", str(Path(__file__).parent), "a .py, .zip or .egg file that is there"),
     ("JOB_TIMEOUT", "5", "a duration such as 15s or 5m"),
     ("JOB_TIMEOUT", "0s", "a duration"),
     ("JOB_TIMEOUT", "1e3s", "a duration"),
@@ -156,6 +167,14 @@ def test_without_any_variable_the_defaults_hold():
         drain_seconds=25.0,
         log_level="info",
         log_format="text",
+    )
+
+
+def test_dask_needs_a_scheduler(monkeypatch):
+    monkeypatch.setenv("EXECUTOR", "dask")
+
+    assert problems() == (
+        "DASK_SCHEDULER: EXECUTOR=dask needs one, such as tcp://127.0.0.1:8786",
     )
 
 

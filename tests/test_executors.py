@@ -238,6 +238,17 @@ def test_a_worker_that_was_killed_while_it_was_idle_costs_no_job(pool):
     assert result_of(run(one, 1)) != pid
 
 
+def test_what_a_thread_left_by_another_job_reports_is_passed_over(pool, tmp_path):
+    one = pool("report_late")
+    told: list[analysis.Progress] = []
+    left = result_of(run(one, str(tmp_path / "go"), job_id="first", report=told.append))
+    (tmp_path / "go").touch()
+
+    waited = result_of(run(one, str(tmp_path / "go"), job_id="second", report=told.append))
+
+    assert (left, waited, told) == ("left", "waited", [])
+
+
 @pytest.mark.slow
 def test_the_pool_outlives_100_kills_at_any_moment(pool):
     one = pool("either", workers=2)
@@ -354,6 +365,26 @@ def test_a_worker_ends_by_itself_when_its_connection_does():
 
     assert process.wait(10) == 0
     assert (loaded, answer) == ((), ("job", model.succeeded(5)))
+
+
+def test_a_worker_that_cannot_load_the_analysis_tells_why_and_ends():
+    process, connection = serve(os.getpid())
+    connection.send((processing.load, "nothing_here:f"))
+
+    [problem] = connection.recv()
+
+    assert process.wait(10) == 0
+    assert "there is no module 'nothing_here'" in problem
+    connection.close()
+
+
+def test_a_worker_that_starts_while_the_pool_is_closed_is_ended(pool):
+    one = pool("pid")
+    one._closed.set()
+
+    one._start_worker()
+
+    assert sorted(worker.has_ended for worker in one._alive) == [False, True]
 
 
 def test_a_worker_whose_service_ended_before_it_began_ends():

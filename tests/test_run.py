@@ -74,7 +74,10 @@ class Checkout:
         path.mkdir()
         shutil.copy(ROOT / "run", path)
         (path / "requirements.txt").write_text("bottle==1\n")
+        (path / "requirements-dask.txt").write_text("dask==1\n")
         (path / "requirements-dev.txt").write_text("-r requirements.txt\n")
+        (path / "bench").mkdir()
+        (path / "bench" / "requirements.txt").write_text("fastapi==1\n")
         self._stub.write_text(STUB)
         self._stub.chmod(0o755)
 
@@ -305,6 +308,18 @@ def test_help_lists_the_verbs(checkout):
 # What run starts
 
 
+@pytest.mark.parametrize("verb", ["serve", "demo"])
+def test_dask_is_installed_only_for_those_who_choose_it(prepared, verb):
+    (prepared.path / "requirements-dask.txt").write_text("dask==2\n")
+
+    prepared.run(verb)
+    without = prepared.calls("-m pip")
+    prepared.run(verb, EXECUTOR="dask")
+
+    assert without == []
+    assert [call.split()[-1] for call in prepared.calls("-m pip")] == ["requirements-dask.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "started"),
     [
@@ -314,6 +329,7 @@ def test_help_lists_the_verbs(checkout):
         (["demo"], ["-m web.demo"]),
         (["receiver"], ["-m web.receiver"]),
         (["fuzz", "1000", "7"], ["-m tests.soak.fuzz 1000 7"]),
+        (["bench", "quick"], ["bench/executors.py quick"]),
         (["test", "-k", "two words"], ["-m pytest -k two words"]),
         (["format"], ["-m ruff check --fix .", "-m ruff format ."]),
         (
@@ -375,7 +391,10 @@ def requirements(name: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("-r")]
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["requirements.txt", "requirements-dask.txt", "requirements-dev.txt", "bench/requirements.txt"],
+)
 def test_every_requirement_is_pinned(name):
     operators = {spec.operator for line in requirements(name) for spec in line.specifier}
 

@@ -238,16 +238,18 @@ def test_a_thread_whose_job_was_canceled_before_it_began_does_nothing(journal, m
     assert one.drain(5).waiting == 0
 
 
+class Careless(ThreadExecutor):
+    """Breaks the promise of executors, and raises."""
+
+    def run(self, job_id, body, report):
+        if b"spoiled" in body:
+            raise RuntimeError("nobody expected this")
+        return super().run(job_id, body, report)
+
+
 def test_what_nobody_expected_in_a_job_is_logged_and_the_others_run(start, caplog):
-    class Broken(ThreadExecutor):
-        """Raises, though it has promised not to, at one payload."""
-
-        def run(self, job_id, body, report):
-            assert b"spoiled" not in body
-            return super().run(job_id, body, report)
-
     service = start(MAX_RUNNING="1")
-    service.service.runner._executor = Broken(analyses.echo)
+    service.service.runner._executor = Careless(analyses.echo)
 
     spoiled = service.process({"data": "spoiled"})
     after = service.process({"data": 3})
