@@ -49,6 +49,9 @@ ENVELOPE_BYTES = 64 * 1024
 #: A signal is seen after this many seconds at the latest.
 WAIT_SECONDS = 0.5
 
+#: What stops the service in order.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 #: The description of the routes.
 OPENAPI_PATH = Path(__file__).with_name("web") / "openapi.json"
 
@@ -155,7 +158,9 @@ class Api:
         """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
         job, _, event = self._journal.detail(job_id)
         if event is None or job.outcome is not model.Outcome.SUCCEEDED:
-            raise errors.MoveError(job_id, state=job.outcome or job.state, wanted="a result")
+            raise errors.MoveError(
+                job_id, state=job.outcome or job.state, wanted="read as a result"
+            )
         bottle.response.content_type = "application/json"
         if event.result is not None:
             return event.result.encode()
@@ -261,8 +266,9 @@ class Service:
 
     def catch_signals(self) -> None:
         """Let a signal stop the service in order, also one that comes while it starts."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._on_signal)
         signal.signal(signal.SIGUSR1, lambda number, _: self._happened.put(number))
 
     def run(self) -> int:
@@ -307,7 +313,8 @@ class Service:
 
     def _on_signal(self, number: int, _: Any) -> None:
         # The second one ends at once: what is in the journal is taken up by the next start.
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        for again in STOP_SIGNALS:
+            signal.signal(again, lambda number, _: os._exit(128 + number))
         self._happened.put(number)
 
     def _make_sender(self) -> postback.Sender:

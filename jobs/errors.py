@@ -18,7 +18,7 @@
     ├── JobNotFoundError         no job has this id
     └── MoveError                the job's state does not allow the move
 
-`app.py` holds the one table from these to HTTP status codes.
+`web/server.py` holds the one table from these to HTTP status codes.
 """
 
 from collections.abc import Sequence
@@ -114,11 +114,11 @@ class MoveError(Error):
     Attributes:
         job_id: The job.
         state: Where it stands.
-        wanted: Where it was to go.
+        wanted: What was to be done with it.
     """
 
     def __init__(self, job_id: str, *, state: str, wanted: str) -> None:
-        super().__init__(f"Job {job_id} is {state}; it cannot become {wanted}.")
+        super().__init__(f"Job {job_id} is {state}; it cannot be {wanted}.")
         self.job_id = job_id
         self.state = state
         self.wanted = wanted

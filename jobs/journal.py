@@ -16,6 +16,9 @@ from jobs import errors, model
 from jobs.model import Outcome, State
 from jobs.storage import Storage
 
+#: A page of received postbacks ends after this many bytes.
+MAX_PAGE_BYTES = 4 * 1024 * 1024
+
 _SCHEMA_PATH = Path(__file__).with_name("schema.sql")
 
 
@@ -151,7 +154,9 @@ class Journal:
         }
 
         def work(connection: sqlite3.Connection) -> None:
-            seq = _moved(connection, _END, row, wanted=State.DELIVERING)
+            seq = _moved(
+                connection, _END, row, wanted="canceled" if outcome is Outcome.CANCELED else "ended"
+            )
             stored = {"seq": seq, "body": event.body, "result": event.result}
             connection.execute(_KEEP_EVENT, stored)
 
@@ -201,7 +206,7 @@ class Journal:
         }
 
         def work(connection: sqlite3.Connection) -> None:
-            seq = _moved(connection, _RECORD, row, wanted=state)
+            seq = _moved(connection, _RECORD, row, wanted=f"made {state}")
             connection.execute(_KEEP_ATTEMPT, {**row, "seq": seq})
 
         self._storage.write(work)
@@ -229,7 +234,7 @@ class Journal:
         """
         row = {"id": job_id, "next_attempt_at": model.text_of(now)}
         self._storage.write(
-            lambda connection: _moved(connection, _RESEND, row, wanted=State.DELIVERING),
+            lambda connection: _moved(connection, _RESEND, row, wanted="resent"),
             durable=True,
         )
 
@@ -333,7 +338,7 @@ class Journal:
         )
 
     def received(self, *, limit: int) -> list[Received]:
-        """Return what was received, newest first."""
+        """Return what was received, newest first; fewer when they are large."""
         return [
             Received(
                 webhook_id=row["webhook_id"],
@@ -341,7 +346,7 @@ class Journal:
                 signature=row["signature"],
                 body=row["body"],
             )
-            for row in self._storage.read(_RECEIVED, {"limit": limit})
+            for row in self._storage.read(_RECEIVED, {"limit": limit, "max_bytes": MAX_PAGE_BYTES})
         ]
 
     def _row(self, statement: str, job_id: str) -> sqlite3.Row:
@@ -395,7 +400,7 @@ def _large(connection: sqlite3.Connection, statement: str, row: sqlite3.Row) -> 
 
 
 def _moved(
-    connection: sqlite3.Connection, statement: str, row: Mapping[str, Any], *, wanted: State
+    connection: sqlite3.Connection, statement: str, row: Mapping[str, Any], *, wanted: str
 ) -> int:
     """Make a move and return the job's row number."""
     moved = connection.execute(statement, row).fetchall()
@@ -572,4 +577,10 @@ _RECEIVE = """
     ON CONFLICT (webhook_id) DO NOTHING
 """
 
-_RECEIVED = "SELECT * FROM received ORDER BY seq DESC LIMIT :limit"
+# The sum of the sizes so far; the newest is always shown.
+_RECEIVED = """
+    SELECT * FROM (
+        SELECT *, sum(length(body)) OVER (ORDER BY seq DESC) - length(body) AS before_bytes
+          FROM (SELECT * FROM received ORDER BY seq DESC LIMIT :limit))
+     WHERE before_bytes <= :max_bytes
+"""

@@ -6,7 +6,6 @@ that are due, ends what takes too long, and prunes. Jobs that wait do so in the 
 """
 
 import _thread
-import contextlib
 import functools
 import logging
 import math
@@ -129,6 +128,7 @@ class Runner:
         self._idle = threading.Condition(self._lock)
         self._woken = threading.Condition(self._lock)
         self._wake_at = math.inf  # when the scheduler looks again (monotonic)
+        self._accepting = 0  # jobs that are being committed
         self._waiting = 0  # jobs in the journal that need a thread
         self._starting = 0  # threads that have not begun their job yet
         self._running: dict[str, float] = {}  # job id: when it times out (monotonic)
@@ -273,14 +273,17 @@ class Runner:
             if refusal := self._refusal():
                 raise refusal
             self._waiting += 1
+            self._accepting += 1
         accepted = ""
         try:
             accepted = self._journal.accept(
                 job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
             )
         finally:
-            if accepted != job.id:  # refused, or another thread was first with this key
-                self._count_waiting(-1)
+            with self._lock:
+                self._accepting -= 1
+                self._waiting -= accepted != job.id  # refused, or another was first with this key
+                self._notify_if_idle()
         return accepted
 
     def _count_waiting(self, change: int) -> None:
@@ -300,7 +303,8 @@ class Runner:
     def _take_place(self) -> bool:
         with self._lock:
             places = 1 if self._alone else self._limits.max_running
-            taken = self._starting + len(self._running)
+            running = self._alone & self._running.keys() if self._alone else self._running
+            taken = self._starting + len(running)
             free = taken < places and self._waiting > self._starting and not self._draining
             self._starting += free
             return free
@@ -355,6 +359,7 @@ class Runner:
             if begun:
                 self._running[begun[0].id] = times_out_at = self._times_out_at()
                 self._wake_by(times_out_at)
+            self._notify_if_idle()
         return begun
 
     def _begin_in_journal(self, suspect: model.Job | None) -> tuple[model.Job, bytes] | None:
@@ -377,6 +382,8 @@ class Runner:
             log.info("late result ignored", extra=_facts(job))
             self._leave_attempts(job.receiver, taken)
             return job, None
+        if not taken:  # a place may have come free before the attempt was due
+            self._wake()
         return job, event.body if taken else None
 
     def _report(self, job_id: str, progress: Progress) -> None:
@@ -424,6 +431,11 @@ class Runner:
             raise
         if not self._executor.stop(job.id):
             log.warning("thread outlived its job", extra=_facts(job))
+        with self._lock:
+            self._forget_limit(job.id)
+            self._alone.discard(job.id)  # the others need not wait for its thread
+            self._notify_if_idle()
+        self._start_waiting()
         self._wake()
 
     def _leave_place(self, job_id: str) -> None:
@@ -528,16 +540,22 @@ class Runner:
         now = time.monotonic()
         with self._lock:
             overdue = [job_id for job_id, at in self._running.items() if at <= now]
-            self._running.update(dict.fromkeys(overdue, math.inf))
-            soonest = min(self._running.values(), default=math.inf)
         for job_id in overdue:
             self._time_out(job_id)
-        return soonest - now
+        with self._lock:
+            return min(self._running.values(), default=math.inf) - now
 
     def _time_out(self, job_id: str) -> None:
         ending = model.timed_out(self._limits.job_timeout_seconds or 0)
-        with contextlib.suppress(errors.MoveError):  # it ended at the same moment
+        try:
             self._overtake(self._journal.job(job_id), ending)
+        except errors.MoveError:  # it ended at the same moment
+            with self._lock:
+                self._forget_limit(job_id)
+
+    def _forget_limit(self, job_id: str) -> None:
+        if job_id in self._running:
+            self._running[job_id] = math.inf
 
     def _stop_outlived(self) -> float:
         """Stop again what could not be stopped yet; return the seconds until the next time."""
@@ -628,7 +646,9 @@ class Runner:
                     raise
 
     def _is_idle(self) -> bool:
-        return not (self._starting or self._running or self._attempts)
+        # A job whose outcome is stored is not waited for, though its thread may go on.
+        busy = self._accepting or self._starting or self._attempts
+        return not busy and self._running.keys() <= self._outlived
 
     def _notify_if_idle(self) -> None:
         if self._draining and self._is_idle():

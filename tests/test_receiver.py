@@ -8,12 +8,15 @@ from datetime import timedelta
 from http.client import HTTPConnection
 
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs import model
+from jobs import errors, model
+from jobs import journal as journal_module
 from jobs.journal import Journal
 from tests.harness import failing
+from web import receiver as receiver_module
 from web import signatures
 from web.receiver import Receiver
 from web.server import Application, Server
@@ -247,3 +250,51 @@ def _one(start, secret, started={}):  # noqa: B006 - one service serves all exam
     if started.get("start") is not start:
         started.update(start=start, service=start(POSTBACK_SECRET=secret))
     return started["service"]
+
+
+def test_a_page_of_large_postbacks_is_cut_short(open_to_all, monkeypatch):
+    monkeypatch.setattr(journal_module, "MAX_PAGE_BYTES", 1000)
+    large = [b'{"n": %d, "x": "%s"}' % (n, b"x" * 600) for n in range(4)]
+    for body in large:
+        assert post(open_to_all, body, JSON).status_code == 200
+
+    listed = received(open_to_all)
+
+    assert [one["event"]["n"] for one in listed] == [3, 2]
+
+
+def test_a_secret_in_a_file_is_verified_by_a_receiver_alone(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text(f"{SECRET} {OTHER}\n")
+
+    secrets = receiver_module._secrets({"POSTBACK_SECRET_FILE": str(path)})
+
+    assert secrets == [SECRET, OTHER]
+
+
+@pytest.mark.parametrize("text", [None, "", "changeme"])
+def test_a_receiver_alone_refuses_a_secret_file_without_a_secret(tmp_path, text):
+    path = tmp_path / "secret"
+    if text is not None:
+        path.write_text(text)
+
+    with pytest.raises(errors.ConfigError, match="POSTBACK_SECRET"):
+        receiver_module._secrets({"POSTBACK_SECRET_FILE": str(path)})
+
+
+def test_what_is_shown_cannot_steer_a_terminal(tmp_path):
+    shown = []
+    body = '{"x": "\x9b31m"}'.encode()
+    with contextlib.closing(Journal(tmp_path / "r.db", on_lost=lambda: None)) as journal:
+        journal.open()
+        one = Receiver(journal, secrets=[], max_body_bytes=1000, show=shown.append)
+        serving = Server(host="127.0.0.1", port=0, max_body_bytes=1000)
+        application = Application()
+        application.serve("POST", "/postprocessed", one.receive)
+        serving.start(application)
+        requests.post(f"http://127.0.0.1:{serving.port}/postprocessed", data=body, headers=JSON)
+        serving.stop()
+
+    assert len(shown) == 1
+    assert shown[0].isprintable()
+    assert shown[0].isascii()

@@ -374,6 +374,25 @@ def test_a_dead_receiver_does_not_hold_up_a_good_one(start, receiver, monkeypatc
         assert sorted(delivered_ids(slow)) == sorted(waiting)
 
 
+def test_an_attempt_whose_place_came_free_before_it_was_due_is_made_at_once(journal, monkeypatch):
+    postbox = Postbox()
+    one = runner_of(journal, postbox=postbox)
+    end = journal.end
+
+    def end_late(*args, **kwargs):
+        monkeypatch.setattr(runner, "MAX_ATTEMPTS_PER_RECEIVER", 32)
+        end(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "MAX_ATTEMPTS_PER_RECEIVER", 0)
+    monkeypatch.setattr(journal, "end", end_late)
+    one.start()
+
+    job_id = accept(one)
+
+    poll(lambda: postbox.jobs == [job_id], "the attempt", timeout=5)
+    one.drain(1)
+
+
 def test_the_clock_set_back_puts_no_attempt_off_for_ever(journal, hasty):
     clock, postbox = Clock(), Postbox(after=2)
     one = runner_of(journal, postbox=postbox, clock=clock)
@@ -690,3 +709,55 @@ def test_what_has_not_ended_is_not_removed(start, gate, hasty):
 
     poll(lambda: service.get(f"/jobs/{sent[0]}").status_code == 404, "the first removed")
     assert states(service) == ["running"]
+
+
+def test_a_suspect_that_hangs_holds_up_nobody_once_it_has_timed_out(start, gate, tmp_path):
+    suspects = left_running(tmp_path / "journal.db", 1, 1)
+    service = start(**WAIT, JOB_TIMEOUT="300ms", DRAIN="1s")
+
+    after = service.process({"data": "after"})
+
+    gate.wait_for(3)
+    ended = [service.wait_for(job_id) for job_id in [*suspects, after]]
+    assert [job["outcome"] for job in ended] == ["timed_out"] * 3
+
+
+def test_a_stop_does_not_wait_for_a_job_that_was_canceled(journal, gate):
+    one = runner_of(journal, analyze=analyses.wait)
+    one.start()
+    job_id = accept(one)
+    gate.wait_for(1)
+    one.cancel(job_id)
+    poll(lambda: journal.job(job_id).state is State.DELIVERED, "delivered")
+
+    drained = one.drain(20)  # the gate is shut: its thread would take all of that
+
+    assert (drained.waiting, list(one._running)) == (0, [job_id])
+
+
+def test_a_time_out_is_declared_as_soon_as_the_journal_takes_it(start, gate, hasty):
+    service = start(**WAIT, JOB_TIMEOUT="100ms")
+    job_id = service.process({"data": 1})
+    gate.wait_for(1)
+
+    with failing(service.journal):
+        poll(lambda: service.journal.failure, "a time-out that is refused")
+
+    assert service.wait_for(job_id)["outcome"] == "timed_out"
+
+
+@pytest.mark.parametrize(
+    ("verb", "states", "word"),
+    [("cancel", ("delivered",), "canceled"), ("resend", ("running",), "resent")],
+)
+def test_a_conflict_says_what_cannot_be_done(start, gate, verb, states, word):
+    service = start(**WAIT)
+    job_id = service.process({"data": 1})
+    gate.wait_for(1)
+    gate.open(1 if "delivered" in states else 0)
+    service.wait_for(job_id, *states)
+
+    answer = service.post(f"/jobs/{job_id}/{verb}")
+
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == f"Job {job_id} is {states[0]}; it cannot be {word}."

@@ -1,15 +1,18 @@
 """What every answer has in common, seen from the socket."""
 
-import contextlib
 import json
+import resource
+import select
 import socket
-from http.client import parse_headers
+import threading
 
 import pytest
 import requests
 
 from jobs import errors
-from web.server import STATUS_CODES, Application, Server
+from tests.wire import answer, chunked, connected, exchange, padded, post
+from web import server
+from web.server import CONNECTIONS, STATUS_CODES, Application, Server
 
 MAX_BODY = 1000
 
@@ -28,8 +31,8 @@ def serve():
 
     yield serve
 
-    for server in servers:
-        server.stop()
+    for one in servers:
+        one.stop()
 
 
 @pytest.fixture
@@ -48,57 +51,6 @@ def raising(exc):
         raise exc
 
     return handler
-
-
-@contextlib.contextmanager
-def connected(service):
-    """Yield a socket, and the stream of what comes back."""
-    address = service.base_url.removeprefix("http://").split(":")
-    with (
-        socket.create_connection((address[0], int(address[1])), timeout=10) as conn,
-        conn.makefile("rb") as stream,
-    ):
-        yield conn, stream
-
-
-def answer(stream):
-    """Read one answer: its status and its body. (0, b"") when the connection has ended."""
-    words = stream.readline().split()
-    if not words:
-        return 0, b""
-    headers = parse_headers(stream)
-    return int(words[1]), stream.read(int(headers.get("Content-Length", "0")))
-
-
-def exchange(service, sent, *, finish=False):
-    """Send bytes on a connection of their own; return the first answer."""
-    with connected(service) as (conn, stream):
-        conn.sendall(sent)
-        if finish:
-            conn.shutdown(socket.SHUT_WR)
-        return answer(stream)
-
-
-def post(body=b'{"data": 1}', *, length=None, path="/process", extra=""):
-    length = len(body) if length is None else length
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {length}\r\n{extra}\r\n"
-    )
-    return head.encode("latin-1") + body
-
-
-def chunked(*chunks, end=b"0\r\n\r\n", extra=""):
-    head = (
-        "POST /process HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Transfer-Encoding: chunked\r\n{extra}\r\n"
-    )
-    return head.encode() + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
-
-
-def padded(size):
-    """Return a valid payload of as many bytes."""
-    return b'{"data": "%s"}' % (b"x" * (size - 12))
 
 
 def rows(service):
@@ -200,7 +152,7 @@ def test_a_thousand_bytes_are_a_payload_and_one_more_is_not(echo):
     over = exchange(echo, post(padded(MAX_BODY + 1)))
 
     assert (exact[0], over[0]) == (200, 413)
-    assert json.loads(over[1])["status"] == 413
+    assert json.loads(over[2])["status"] == 413
     assert rows(echo) == 1
 
 
@@ -221,8 +173,8 @@ def test_pipelined_requests_are_answered_in_order(echo):
         accepted, alive = answer(stream), answer(stream)
 
     assert (accepted[0], alive[0]) == (200, 200)
-    assert json.loads(accepted[1])["state"] == "accepted"
-    assert json.loads(alive[1]) == {"status": "alive"}
+    assert json.loads(accepted[2])["state"] == "accepted"
+    assert json.loads(alive[2]) == {"status": "alive"}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +190,7 @@ def test_pipelined_requests_are_answered_in_order(echo):
     ],
 )
 def test_what_is_unusual_but_right_is_accepted(echo, sent):
-    code, _ = exchange(echo, sent)
+    code, *_ = exchange(echo, sent)
 
     assert code == 200
     assert rows(echo) == 1
@@ -274,7 +226,7 @@ def test_what_is_unusual_but_right_is_accepted(echo, sent):
     ],
 )
 def test_what_is_wrongly_framed_is_refused_without_a_row(echo, sent, codes):
-    code, _ = exchange(echo, sent)
+    code, *_ = exchange(echo, sent)
 
     assert code in codes
     assert rows(echo) == 0
@@ -282,14 +234,14 @@ def test_what_is_wrongly_framed_is_refused_without_a_row(echo, sent, codes):
 
 @pytest.mark.parametrize("sent", [post(length=100), chunked(b'{"data": 1}', end=b"")])
 def test_a_body_that_ends_early_leaves_no_row(echo, sent):
-    code, _ = exchange(echo, sent, finish=True)
+    code, *_ = exchange(echo, sent, finish=True)
 
     assert code in (0, 400)
     assert rows(echo) == 0
 
 
 def test_a_caller_that_has_finished_sending_still_gets_its_answer(echo):
-    code, _ = exchange(echo, post(), finish=True)
+    code, *_ = exchange(echo, post(), finish=True)
 
     assert code == 200
 
@@ -315,6 +267,35 @@ def test_a_refused_body_is_not_taken_for_a_request(echo):
 
 
 # The socket
+
+
+def test_it_raises_the_descriptors_as_far_as_the_machine_allows(serve):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
+    alive = get(serve(lambda: {"a": 1})).json()
+
+    raised, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (alive, raised) == ({"a": 1}, min(2 * CONNECTIONS, hard))
+
+
+def test_without_epoll_it_answers_all_the_same(serve, monkeypatch):
+    monkeypatch.delattr(select, "epoll")
+
+    assert get(serve(lambda: {"a": 1})).json() == {"a": 1}
+
+
+def test_a_connection_that_was_silent_long_is_still_served(serve, monkeypatch):
+    monkeypatch.setattr(server, "SWEEP_SECONDS", 0.05)
+    url = serve(lambda: {"a": 1})
+
+    with requests.Session() as session:
+        answers = [session.get(url, timeout=10).json()]
+        threading.Event().wait(0.2)
+        answers.append(session.get(url, timeout=10).json())
+
+    assert answers == [{"a": 1}] * 2
 
 
 def test_an_address_that_is_taken_is_refused_in_one_line():

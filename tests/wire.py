@@ -4,6 +4,7 @@ import contextlib
 import socket
 import time
 from http.client import parse_headers
+from typing import Any
 
 #: Seconds after which a server that neither answers nor closes counts as hanging.
 PATIENCE_SECONDS = 3.0
@@ -16,13 +17,13 @@ def connected(service):
         yield conn, stream
 
 
-def open_socket(service, timeout=PATIENCE_SECONDS):
+def open_socket(service, timeout: float = PATIENCE_SECONDS) -> socket.socket:
     """Return a connection to a service; it must be closed."""
     host, _, port = service.base_url.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=timeout)
 
 
-def answer(stream):
+def answer(stream: Any) -> tuple[int, Any, bytes]:
     """Read one answer: its status, headers and body. (0, {}, b"") when the connection has ended."""
     try:
         words = stream.readline().split()
@@ -34,7 +35,7 @@ def answer(stream):
     return int(words[1]), headers, stream.read(int(headers.get("Content-Length", "0")))
 
 
-def exchange(service, sent, *, finish=False):
+def exchange(service, sent: bytes, *, finish: bool = False) -> tuple[int, Any, bytes]:
     """Send bytes on a connection of their own; return the first answer."""
     with connected(service) as (conn, stream):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -44,16 +45,23 @@ def exchange(service, sent, *, finish=False):
         return answer(stream)
 
 
-def status_code(service, sent, *, finish=False):
+def status_code(service, sent: bytes, *, finish: bool = False) -> int:
     """Send bytes on a connection of their own; return the status of the first answer."""
     return exchange(service, sent, finish=finish)[0]
 
 
-def get(path="/livez"):
+def get(path: str = "/livez") -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
 
 
-def post(body=b'{"data": 1}', *, length=None, path="/process", extra="", media="application/json"):
+def post(
+    body: bytes = b'{"data": 1}',
+    *,
+    length: int | str | None = None,
+    path: str = "/process",
+    extra: str = "",
+    media: str = "application/json",
+) -> bytes:
     """Return a request; valid unless an argument says otherwise. `media` "" leaves the type out."""
     length = len(body) if length is None else length
     kind = f"Content-Type: {media}\r\n" if media else ""
@@ -61,7 +69,9 @@ def post(body=b'{"data": 1}', *, length=None, path="/process", extra="", media="
     return head.encode("latin-1") + body
 
 
-def chunked(*chunks, end=b"0\r\n\r\n", extra="", coding="chunked"):
+def chunked(
+    *chunks: bytes, end: bytes = b"0\r\n\r\n", extra: str = "", coding: str = "chunked"
+) -> bytes:
     """Return a request in these chunks."""
     head = (
         "POST /process HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -70,12 +80,12 @@ def chunked(*chunks, end=b"0\r\n\r\n", extra="", coding="chunked"):
     return head.encode() + b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
 
 
-def padded(size):
+def padded(size: int) -> bytes:
     """Return a valid payload of as many bytes."""
     return b'{"data": "%s"}' % (b"x" * (size - 12))
 
 
-def seconds(service, sent):
+def seconds(service, sent: bytes) -> float:
     """Return how long a request that is accepted, or answered 200, takes to its answer."""
     began = time.perf_counter()
     assert status_code(service, sent) == 200

@@ -26,6 +26,9 @@ from web import intake, logs, server, signatures
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
 
+#: A signal is seen after this many seconds at the latest.
+WAIT_SECONDS = 0.5
+
 #: Levels of arrays and objects in an event, or it could be read but not be listed.
 MAX_DEPTH = 200
 
@@ -65,9 +68,10 @@ class Receiver:
         )
         if not self._journal.receive(postback):
             return {"status": "duplicate"}
-        shown = body[:MAX_SHOWN].decode(errors="replace")
         with contextlib.suppress(Exception):  # a closed terminal must not undo what is committed
-            self._show(f"postback received {postback.webhook_id} {shown}")
+            # By ascii(): what is shown must not steer the terminal.
+            shown = ascii(body[:MAX_SHOWN].decode(errors="replace"))[1:-1]
+            self._show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
         return {"status": "received"}
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -116,7 +120,8 @@ def _serve(options: argparse.Namespace, secrets: Sequence[str]) -> None:
     listening.start(application)
     url = f"http://{options.host}:{listening.port}/postprocessed"
     print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
-    stop.wait()
+    while not stop.wait(WAIT_SECONDS):
+        pass  # a signal that reaches another thread is seen only when this one runs
     listening.stop()
     journal.close()
 
@@ -134,13 +139,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
-    secrets = environment.get("POSTBACK_SECRET", "").split()
-    for secret in secrets:
-        try:
+    try:
+        path = environment.get("POSTBACK_SECRET_FILE")
+        text = Path(path).read_text() if path else environment.get("POSTBACK_SECRET", "")
+        for secret in text.split():
             signatures.check_secret(secret)
-        except ValueError as exc:
-            raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
-    return secrets
+    except (OSError, ValueError) as exc:
+        raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
+    if path and not text.split():
+        raise errors.ConfigError([f"POSTBACK_SECRET_FILE={path!r}: the file holds no secret"])
+    return text.split()
 
 
 def _check_event(body: bytes) -> None:

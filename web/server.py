@@ -5,6 +5,7 @@ becomes an `application/problem+json` document (RFC 9457) with the status of the
 """
 
 import contextlib
+import errno
 import hmac
 import json
 import logging
@@ -53,6 +54,9 @@ THREADS = 16
 CONNECTIONS = 5000
 SILENCE_SECONDS = 20
 SWEEP_SECONDS = 5
+
+#: Until a connection is accepted that could not be. Nothing is answered meanwhile.
+ACCEPT_PAUSE_SECONDS = 0.05
 
 #: Room above the largest body, so that ours is the rule which refuses it.
 HEADROOM_BYTES = 64 * 1024
@@ -167,9 +171,11 @@ class Server:
         """
         if not hasattr(select, "epoll"):
             self._server.run()
+            return
         sockets = self._server._map  # noqa: SLF001 - waitress's own loop is given them too
         while sockets:
-            with select.epoll() as silent:  # a new one at times: waitress closes some by itself
+            # A new one at times: waitress closes some by itself, also between two lines here.
+            with contextlib.suppress(OSError), select.epoll() as silent:
                 _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
 
 
@@ -178,7 +184,7 @@ def _serve(sockets: dict[int, Any], silent: "select.epoll", *, until: float) -> 
     while sockets and (left_seconds := until - time.monotonic()) > 0:
         poller = select.poll()
         poller.register(silent, select.POLLIN)
-        for fd, one in sockets.items():
+        for fd, one in list(sockets.items()):
             if known.get(fd) is not one:
                 _register(fd, one, poller, silent, known)
         ready = dict(poller.poll(left_seconds * 1000))
@@ -212,10 +218,29 @@ def _flags(one: Any) -> int:
     return reads | writes
 
 
+class _Listener(socket.socket):
+    """A listening socket that fails in silence; waitress would try, and log, again at once."""
+
+    _is_failing = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        try:
+            accepted = super().accept()
+        except OSError as exc:  # no descriptor is free, as a rule
+            if not self._is_failing:
+                log.warning("connection not accepted", extra={"error": exc.strerror})
+            self._is_failing = True
+            threading.Event().wait(ACCEPT_PAUSE_SECONDS)
+            raise BlockingIOError(errno.EWOULDBLOCK, exc.strerror) from exc
+        self._is_failing = False
+        return accepted
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+        return _Listener(fileno=listener.detach())
     except OSError as exc:
         text = f"HOST={host!r} PORT={port}: cannot listen there: {exc.strerror}"
         raise errors.ConfigError([text]) from exc
