@@ -173,9 +173,7 @@ def test_without_any_variable_the_defaults_hold():
 def test_dask_needs_a_scheduler(monkeypatch):
     monkeypatch.setenv("EXECUTOR", "dask")
 
-    assert problems() == (
-        "DASK_SCHEDULER: EXECUTOR=dask needs one, such as tcp://127.0.0.1:8786",
-    )
+    assert problems() == ("DASK_SCHEDULER: EXECUTOR=dask needs one, such as tcp://127.0.0.1:8786",)
 
 
 def test_a_loaded_config_cannot_be_changed():
