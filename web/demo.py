@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -39,6 +39,8 @@ _OVERRIDDEN = re.compile(r"(POSTBACK|API_TOKEN|ANALYSIS|HOST|PORT|PUBLIC_URL|JOU
 #: Everything here is on this machine, so a proxy from the environment has no part in it.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+NONE: Mapping[str, str] = {}
+
 T = TypeVar("T")
 
 
@@ -46,7 +48,7 @@ def main(service: Sequence[str] = SERVICE) -> None:
     """Show the loop; what goes wrong ends the process with one message and status 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("The demo was interrupted."))
-    with running(service) as url:
+    with needed_cluster() as settings, running(service, settings) as url:
         print(f"Postback listens on {url}, with a journal of its own.")
         show_loop(url, PAYLOAD_PATH.read_bytes())
     print("The service has stopped.")
@@ -85,7 +87,49 @@ def find_ended(url: str, job_id: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def running(service: Sequence[str]) -> Iterator[str]:
+def needed_cluster() -> Iterator[dict[str, str]]:
+    """Yield the settings that lead to a Dask cluster of our own; none where none is needed."""
+    if os.environ.get("EXECUTOR", "").lower() != "dask" or os.environ.get("DASK_SCHEDULER"):
+        yield {}
+        return
+    with dask_cluster() as (url, _):
+        print(f"A Dask scheduler listens on {url}, and has one worker.")
+        yield {"DASK_SCHEDULER": url}
+
+
+@contextmanager
+def dask_cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start a Dask scheduler and one worker on loopback; yield its address, and the worker."""
+    with tempfile.TemporaryDirectory(prefix="postback-dask-") as name, ExitStack() as started:
+        file = Path(name) / "scheduler.json"
+
+        def launch(role: str, *options: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{role}", "--no-dashboard"]
+            with (Path(name) / f"{role}.log").open("wb") as log:
+                child = subprocess.Popen(  # noqa: S603 - our own
+                    [*command, "--host", "127.0.0.1", "--scheduler-file", str(file), *options],
+                    cwd=name,
+                    stdout=log,
+                    stderr=log,
+                )
+            started.callback(stop, child)
+            return child
+
+        launch("scheduler", "--port", "0")  # any that is free
+        url = wait_for("The Dask scheduler", lambda: find_scheduler(file))
+        yield url, launch("worker", "--no-nanny")
+
+
+def find_scheduler(file: Path) -> str | None:
+    """Return the address that the scheduler writes down, once it has."""
+    try:
+        return str(json.loads(file.read_text())["address"])
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def running(service: Sequence[str], settings: Mapping[str, str] = NONE) -> Iterator[str]:
     """Run the service as a child and yield its address; it always ends, and leaves no files.
 
     Raises:
@@ -93,7 +137,7 @@ def running(service: Sequence[str]) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="postback-demo-") as name:
         log_path = Path(name) / "service.log"
-        child = start(service, Path(name), log_path)
+        child = start(service, Path(name), log_path, settings)
         try:
             yield wait_for("The address", lambda: find_address(child, log_path))
             if status := stop(child):
@@ -105,7 +149,9 @@ def running(service: Sequence[str]) -> Iterator[str]:
             stop(child)
 
 
-def start(service: Sequence[str], directory: Path, log_path: Path) -> subprocess.Popen[bytes]:
+def start(
+    service: Sequence[str], directory: Path, log_path: Path, settings: Mapping[str, str] = NONE
+) -> subprocess.Popen[bytes]:
     """Start the service with a journal in the directory and a secret of its own."""
     env = {name: value for name, value in os.environ.items() if not _OVERRIDDEN.match(name)}
     env |= {
@@ -113,6 +159,7 @@ def start(service: Sequence[str], directory: Path, log_path: Path) -> subprocess
         "PORT": "0",  # any that is free
         "JOURNAL": str(directory / "journal.db"),
         "POSTBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+        **settings,
     }
     with log_path.open("wb") as log:
         return subprocess.Popen(service, env=env, stdout=log, stderr=log)  # noqa: S603 - our own
