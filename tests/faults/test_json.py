@@ -166,6 +166,7 @@ def test_c13_a_long_unknown_name_is_shortened_in_the_answer(shared):
     assert len(body) < 500
 
 
+@pytest.mark.soak
 def test_c15_brackets_take_a_quarter_of_a_second_at_most():
     child = subprocess.run(  # by itself: the collector also visits all that a test run has loaded
         [sys.executable, "-c", MEASURE], check=True, cwd=ROOT, capture_output=True, text=True
