@@ -361,7 +361,7 @@ def test_a_move_that_is_refused_tells_its_facts():
     error = errors.MoveError("1", state=State.RUNNING, wanted=State.DELIVERED)
 
     assert (error.job_id, error.state, error.wanted) == ("1", "running", "delivered")
-    assert str(error) == "Job 1 is running; it cannot become delivered."
+    assert str(error) == "Job 1 is running; it cannot be delivered."
 
 
 def test_an_unknown_id_is_told_only_in_part():

@@ -283,7 +283,7 @@ def test_a_receiver_alone_refuses_a_secret_file_without_a_secret(tmp_path, text)
 
 
 def test_what_is_shown_cannot_steer_a_terminal(tmp_path):
-    shown = []
+    shown: list[str] = []
     body = '{"x": "\x9b31m"}'.encode()
     with contextlib.closing(Journal(tmp_path / "r.db", on_lost=lambda: None)) as journal:
         journal.open()

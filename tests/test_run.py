@@ -328,6 +328,7 @@ def test_dask_is_installed_only_for_those_who_choose_it(prepared, verb):
         (["serve", "--check"], ["app.py --check"]),
         (["demo"], ["-m web.demo"]),
         (["receiver"], ["-m web.receiver"]),
+        (["soak", "10", "7"], ["-m tests.soak.kills 10 7"]),
         (["fuzz", "1000", "7"], ["-m tests.soak.fuzz 1000 7"]),
         (["bench", "quick"], ["bench/executors.py quick"]),
         (["test", "-k", "two words"], ["-m pytest -k two words"]),

@@ -173,14 +173,26 @@ class Server:
             self._server.run()
             return
         sockets = self._server._map  # noqa: SLF001 - waitress's own loop is given them too
-        while sockets:
-            # A new one at times: waitress closes some by itself, also between two lines here.
-            with contextlib.suppress(OSError), select.epoll() as silent:
-                _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
+        with select.epoll() as silent:  # one for good: later no descriptor may be free
+            while sockets:
+                # Waitress closes some by itself, also between two lines here.
+                with contextlib.suppress(OSError):
+                    _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
 
 
 def _serve(sockets: dict[int, Any], silent: "select.epoll", *, until: float) -> None:
     known: dict[int, Any] = {}  # those that wait in the epoll
+    try:
+        _turn(sockets, silent, known, until=until)
+    finally:
+        for fd in known:
+            with contextlib.suppress(OSError):  # it is closed
+                silent.unregister(fd)
+
+
+def _turn(
+    sockets: dict[int, Any], silent: "select.epoll", known: dict[int, Any], *, until: float
+) -> None:
     while sockets and (left_seconds := until - time.monotonic()) > 0:
         poller = select.poll()
         poller.register(silent, select.POLLIN)
