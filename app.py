@@ -130,7 +130,7 @@ class Api:
         page = self._journal.page(
             state=model.State(state) if state else None, limit=_limit(), before=before
         )
-        return {"jobs": [_summary(job) for job in page]}
+        return {"jobs": [self._summary(job) for job in page]}
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Answer GET /jobs/<id>: everything about one job."""
@@ -138,14 +138,16 @@ class Api:
         ending = json.loads(event.body)["data"] if event else {}
         links = {name: ending[name] for name in ending if name.startswith("result_")}
         return {
-            **_summary(job),
+            **self._summary(job),
             "data": json.loads(body)["data"],
             "result": ending.get("result"),
             "error": ending.get("error"),
             **links,
-            "progress": self._progress(job),
             "attempts": self._journal.attempts(job_id),
         }
+
+    def _summary(self, job: model.Job) -> dict[str, Any]:
+        return {**_summary(job), "progress": self._progress(job)}
 
     def _progress(self, job: model.Job) -> dict[str, Any] | None:
         progress = self._runner.progress(job.id)
@@ -169,12 +171,12 @@ class Api:
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Answer POST /jobs/<id>/cancel."""
         self._runner.cancel(job_id)
-        return _summary(self._journal.job(job_id))
+        return self._summary(self._journal.job(job_id))
 
     def resend(self, job_id: str) -> dict[str, Any]:
         """Answer POST /jobs/<id>/resend."""
         self._runner.resend(job_id)
-        return _summary(self._journal.job(job_id))
+        return self._summary(self._journal.job(job_id))
 
     def received(self) -> dict[str, Any]:
         """Answer GET /postprocessed."""
@@ -218,7 +220,7 @@ class Service:
             on_lost=lambda: self._happened.put(EXIT_LOST),
             on_commit=self._metrics.committed,
         )
-        self._metrics.watch(self._journal)
+        self._metrics.watch(self._journal, lambda: self.runner.outlived)
 
     def start(self) -> None:
         """Open the journal, take up what is unfinished, and begin to answer.

@@ -12,6 +12,22 @@ from tests import analyses
 from tests.harness import InProcess, RealProcess
 from tests.receiver import Receiver
 
+_start_new_thread = _thread.start_new_thread
+
+
+def _start_traced(function, arguments):
+    """Start a thread that coverage sees: by itself it sees only those of `threading`."""
+
+    def traced(*arguments):
+        sys.settrace(threading.gettrace())
+        function(*arguments)
+
+    return _start_new_thread(traced, arguments)
+
+
+if threading.gettrace():
+    _thread.start_new_thread = _start_traced
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):

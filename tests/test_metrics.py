@@ -272,6 +272,16 @@ def test_what_is_not_delivered_is_counted_after_a_restart_too(start, receiver):
     assert value(text, "postback_oldest_job_age_seconds", state="accepted") == 0
 
 
+def test_a_thread_that_outlives_its_job_is_counted(start, gate):
+    service = start(ANALYSIS="tests.analyses:wait", JOB_TIMEOUT="50ms")
+    service.process({"data": 1})
+
+    metrics_with(service, "postback_outlived_threads")
+    gate.open()
+
+    poll(lambda: value(service.get("/metrics").text, "postback_outlived_threads") == 0, "its end")
+
+
 # Prometheus itself
 
 promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="apt install prometheus")

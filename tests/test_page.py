@@ -14,6 +14,7 @@ from selenium.webdriver.common.keys import Keys
 
 import app
 import config
+from tests import analyses
 from tests.harness import InProcess, poll
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -220,6 +221,25 @@ def test_a_running_job_is_canceled(page, slow):
 
     page.wait("#acted", "Canceled")
     page.wait("#facts", "canceled")
+
+
+def test_a_running_job_shows_how_far_it_is(page, start, gate):
+    service = start(ANALYSIS="tests.test_page:half")
+    service.process({"data": 1})
+    page.open(service)
+
+    bar = poll(lambda: page.driver.find_elements("css selector", "#jobs progress"), "the bar")[0]
+
+    assert float(bar.get_attribute("value")) == 0.5
+    page.click("#jobs .id")
+    page.wait("#facts", "50 % half of it")
+    gate.open()
+
+
+def half(data: Any, progress: Any) -> Any:
+    """Is an analysis: it tells that it has done half, and waits."""
+    progress(0.5, "half of it")
+    return analyses.wait(data)
 
 
 def test_the_filter_shows_jobs_of_one_state_only(page, slow):

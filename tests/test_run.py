@@ -340,7 +340,7 @@ def test_dask_is_installed_only_for_those_who_choose_it(prepared, verb):
                 "-m ruff format --check .",
                 "-m mypy",
                 "-m coverage erase",
-                "-m coverage run -m pytest -m ",
+                "-m coverage run -m pytest -m not soak",
                 "-m coverage combine --quiet",
                 "-m coverage report",
             ],
@@ -355,7 +355,7 @@ def test_each_verb_starts_its_commands(prepared, arguments, started):
 
 
 @pytest.mark.parametrize(
-    "failing", ["ruff check .", "--check .", "mypy", "-m pytest -m ", "report"]
+    "failing", ["ruff check .", "--check .", "mypy", "-m pytest -m not soak", "report"]
 )
 def test_check_stops_at_the_first_failure(prepared, failing):
     done = prepared.run("check", STUB_FAILING=failing)

@@ -117,9 +117,14 @@ class Metrics(Observer):
 
     # What is asked
 
-    def watch(self, journal: Journal) -> None:
-        """Read from this journal, too, whenever the metrics are asked for."""
-        self._registry.register(_JournalCollector(journal, self._clock))
+    def watch(self, journal: Journal, outlived: Callable[[], int]) -> None:
+        """Ask the journal, too, whenever the metrics are asked for.
+
+        Args:
+            journal: It must be open by then.
+            outlived: Returns how many threads run an analysis whose job has ended.
+        """
+        self._registry.register(_Collector(journal, outlived, self._clock))
 
     def watch_threads(self, outlived: Callable[[], int]) -> None:
         """Ask this how many threads outlive their jobs, whenever the metrics are asked for."""
@@ -143,11 +148,14 @@ class Metrics(Observer):
         return self._hour.rows(self._clock())
 
 
-class _JournalCollector:
-    """Reads gauges from the journal."""
+class _Collector:
+    """Reads gauges where their values are known."""
 
-    def __init__(self, journal: Journal, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, journal: Journal, outlived: Callable[[], int], clock: Callable[[], datetime]
+    ) -> None:
         self._journal = journal
+        self._outlived = outlived
         self._clock = clock
 
     def describe(self) -> list[Any]:
@@ -167,6 +175,8 @@ class _JournalCollector:
         yield ages
         size_bytes = self._journal.size_bytes()
         yield GaugeMetricFamily("postback_journal_bytes", "Size of the journal", value=size_bytes)
+        text = "Threads whose analysis goes on after its time-out or cancel"
+        yield GaugeMetricFamily("postback_outlived_threads", text, value=self._outlived())
 
 
 @dataclass(slots=True)

@@ -166,7 +166,7 @@ class Server:
     def _run(self) -> None:
         """Do what waitress's own loop does, without asking every silent connection at each turn.
 
-        With 2,000 half-sent requests that alone more than doubles the time of every answer. Where
+        With 2,000 half-sent requests that alone more than doubles the p99 of the answers. Where
         the system has no epoll, its own loop must do.
         """
         if not hasattr(select, "epoll"):
