@@ -240,7 +240,6 @@ class Service:
         )
         self._sender = self._make_sender()
         self.runner = self._make_runner()
-        self._metrics.watch_threads(lambda: self.runner.outlived)
         receiver = Receiver(
             self._journal,
             secrets=settings.postback_secret,

@@ -126,15 +126,6 @@ class Metrics(Observer):
         """
         self._registry.register(_Collector(journal, outlived, self._clock))
 
-    def watch_threads(self, outlived: Callable[[], int]) -> None:
-        """Ask this how many threads outlive their jobs, whenever the metrics are asked for."""
-        gauge = prometheus_client.Gauge(
-            "postback_outlived_threads",
-            "Threads whose job has timed out or was canceled",
-            registry=self._registry,
-        )
-        gauge.set_function(outlived)
-
     def text(self) -> bytes:
         """Return everything in Prometheus' text format.
 
