@@ -26,7 +26,7 @@ def _start_traced(function, arguments):
 
 
 if threading.gettrace():
-    _thread.start_new_thread = _start_traced
+    _thread.start_new_thread = _start_traced  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
