@@ -96,7 +96,7 @@ def cost(make: Callable[[], Any], memory: Callable[[Any], str], *, runs: int = R
     text = memory(executor)
     executor.close()
     p50, p99 = times[runs // 2], times[runs * 99 // 100]
-    return f"{start_ms:.0f} ms | {p50:.2f} ms | {p99:.2f} ms | {text}"
+    return f"{start_ms:.0f} ms | {p50:.2g} ms | {p99:.2g} ms | {text}"
 
 
 def once(executor: Any) -> float:

@@ -43,6 +43,25 @@ def test_the_demo_shows_the_answer_then_the_postback_each_with_its_time(tmp_path
     assert re.search(".*".join(steps), done.stdout, re.DOTALL)
 
 
+@pytest.mark.slow
+def test_the_demo_brings_a_dask_cluster_if_there_is_none(tmp_path):
+    pytest.importorskip("distributed", reason="pip install -r requirements-dask.txt")
+
+    done = run_demo(tmp_path, "demo.main()", EXECUTOR="dask")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("A Dask scheduler listens on tcp://127.0.0.1:")
+    assert "The job is delivered." in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_the_process_executor_at_work(tmp_path):
+    done = run_demo(tmp_path, "demo.main()", EXECUTOR="process")
+
+    assert done.returncode == 0, done.stderr
+    assert "The job is delivered." in done.stdout
+
+
 def test_a_service_that_refuses_to_start_fails_the_demo_with_its_reason(tmp_path):
     done = run_demo(tmp_path, "demo.main()", MAX_RUNNING="many")
 

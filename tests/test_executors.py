@@ -168,11 +168,11 @@ def test_a_thread_that_outlives_its_job_is_counted_and_named_once(start, gate, r
     job_id = service.process({"data": 1})
 
     service.wait_for(job_id)
-    outlived = service.service.runner.outlived
+    metrics = service.get("/metrics").text
     gate.open()
     poll(lambda: not service.service.runner.outlived, "the thread's end")
 
-    assert outlived == 1
+    assert "\npostback_outlived_threads 1.0\n" in metrics
     named = [one.job_id for one in caplog.records if one.message == "thread outlived its job"]
     assert named == [job_id]
     assert [event["type"] for event in events(receiver.requests)] == ["job.timed_out"]

@@ -109,6 +109,7 @@ def dask_cluster() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
                 child = subprocess.Popen(  # noqa: S603 - our own
                     [*command, "--host", "127.0.0.1", "--scheduler-file", str(file), *options],
                     cwd=name,
+                    env=os.environ | {"DASK_TEMPORARY_DIRECTORY": name},
                     stdout=log,
                     stderr=log,
                 )
