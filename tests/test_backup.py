@@ -55,7 +55,7 @@ def test_a_signal_makes_a_copy_that_a_service_can_start_from(start_process, tmp_
     job_id = service.process({"data": 1})
     service.process_.send_signal(signal.SIGUSR1)
     service.wait_for_log("journal backed up")
-    service.kill()
+    service.end()
 
     monkeypatch.setenv("JOURNAL", str(tmp_path / "journal.db.backup"))
     restored = InProcess()

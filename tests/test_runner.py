@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from jobs import errors, model, runner
+from jobs.analysis import Progress
 from jobs.executors import ThreadExecutor
 from jobs.journal import Journal
 from jobs.model import State
@@ -761,3 +762,11 @@ def test_a_conflict_says_what_cannot_be_done(start, gate, verb, states, word):
 
     assert answer.status_code == 409
     assert answer.json()["detail"] == f"Job {job_id} is {states[0]}; it cannot be {word}."
+
+
+def test_a_report_of_an_analysis_that_has_ended_is_dropped(journal):
+    one = runner_of(journal)
+
+    one._report("nobody", Progress(fraction=0.5, note="", at=model.utc_now()))
+
+    assert one.progress("nobody") is None

@@ -477,3 +477,14 @@ def test_a_job_whose_thread_cannot_start_is_accepted_and_runs_later(start_proces
     resource.prlimit(service.pid, resource.RLIMIT_NPROC, (hard, hard))
 
     assert service.wait_for(job_id)["state"] == "delivered"
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(start_process, receiver):
+    nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import app; app.main([])"
+    service = start_process(command=("-c", nohup), POSTBACK_URL=receiver.url)
+
+    service.process_.send_signal(signal.SIGHUP)
+
+    job_id = service.process({"data": 1})
+    assert service.wait_for(job_id)["state"] == "delivered"
+    assert service.end() == 0
