@@ -770,3 +770,15 @@ def test_a_report_of_an_analysis_that_has_ended_is_dropped(journal):
     one._report("nobody", Progress(fraction=0.5, note="", at=model.utc_now()))
 
     assert one.progress("nobody") is None
+
+
+def test_a_time_out_at_the_moment_of_the_end_changes_nothing(journal):
+    one = runner_of(journal)
+    one.start()
+    job_id = accept(one)
+    poll(lambda: journal.job(job_id).state is State.DELIVERED, "delivered")
+
+    one._time_out(job_id)
+
+    assert journal.job(job_id).outcome == "succeeded"
+    one.drain(1)
