@@ -144,6 +144,7 @@ def test_each_example_fits_its_schema(schema, content):
     jsonschema_rs.validate({**DOCUMENT, **schema}, content["example"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)  # seconds of work for one core; a busy machine takes its time
 def test_a_live_service_keeps_to_the_document(start, receiver, tmp_path):
     service = start(API_TOKEN="sesame", POSTBACK_URL=receiver.url)

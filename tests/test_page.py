@@ -27,6 +27,7 @@ FLAGS = (
 )
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(
         not (shutil.which("chromium") and shutil.which("chromedriver")),
