@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -332,7 +333,8 @@ def test_a_receiver_that_wants_no_more_is_left_alone_until_a_resend(start, recei
 
 
 def test_a_receiver_that_was_down_gets_its_postbacks_when_it_is_up(start):
-    with Receiver() as closed:
+    # Below the ports that the system gives to connections: an attempt could get this very one.
+    with Receiver(port=20_000 + os.getpid() % 10_000) as closed:
         port = closed.port
     service = start(
         **ECHO, POSTBACK_URL=f"http://127.0.0.1:{port}/", POSTBACK_SCHEDULE="20ms " * 100
