@@ -218,7 +218,7 @@ class Service:
         self._journal = Journal(
             config.journal_path,
             on_lost=lambda: self._happened.put(EXIT_LOST),
-            on_commit=self._metrics.committed,
+            on_settled=self._metrics.settled,
         )
         self._metrics.watch(self._journal, lambda: self.runner.outlived)
 
@@ -255,7 +255,9 @@ class Service:
             base_url=self.base_url,
         )
         self.runner.start()
-        self._server.start(logs.watched(api.application(), self._metrics.answered))
+        self._server.start(
+            logs.watched(api.application(), self._metrics.answered), settle=self._journal.settle
+        )
 
     def check(self) -> None:
         """Try what can be tried without the journal and the address.

@@ -158,36 +158,39 @@ class Sender:
     def close(self) -> None:
         """Close the connections that are kept; attempts that are under way end by themselves."""
         for adapter in self._adapters.values():
-            outbound.close_pools(adapter.poolmanager)
+            adapter.close()
         self._watchdog.close()
 
     def _request(
         self, job: model.Job, event: bytes, *, timestamp: datetime
     ) -> requests.PreparedRequest:
-        """Build every attempt in this one place: id and bytes stay, time and signature are new."""
-        headers = requests.structures.CaseInsensitiveDict(self._headers)
-        headers.update(job.forwarded)
-        headers.update(
-            {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(event)),
-                "User-Agent": f"postback/{VERSION}",
-                "Accept-Encoding": "identity",
-                "webhook-id": job.id,
-                "webhook-timestamp": str(int(timestamp.timestamp())),
-                "webhook-attempt": str(job.attempts + 1),
-                "webhook-attempt-max": str(job.resent_after + len(self._schedule) + 1),
-            }
-        )
+        """Build every attempt in this one place: id and bytes stay, time and signature are new.
+
+        By hand: `PreparedRequest.prepare` checks what is checked already, and costs as much as the
+        sending.
+        """
+        own = {
+            name: text for name, text in self._headers.items() if name.lower() not in job.forwarded
+        }
+        headers = {
+            **own,
+            **job.forwarded,
+            "Content-Type": "application/json",
+            "Content-Length": str(len(event)),
+            "User-Agent": f"postback/{VERSION}",
+            "Accept-Encoding": "identity",
+            "webhook-id": job.id,
+            "webhook-timestamp": str(int(timestamp.timestamp())),
+            "webhook-attempt": str(job.attempts + 1),
+            "webhook-attempt-max": str(job.resent_after + len(self._schedule) + 1),
+        }
         if self._secrets:
             headers["webhook-signature"] = signatures.sign(
                 self._secrets, webhook_id=job.id, timestamp=timestamp, body=event
             )
         request = requests.PreparedRequest()
-        request.prepare_method("POST")
-        request.prepare_url(job.postback_url or self._url, None)
-        request.prepare_headers(headers)
-        request.body = event
+        request.method, request.url, request.body = "POST", job.postback_url or self._url, event
+        request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster
         return request
 
     def _send(
@@ -196,15 +199,15 @@ class Sender:
         """Return the status and the headers of an answer that came in time."""
         with self._watchdog.guard(public_only=public_only) as guard:
             # Not through a Session: it adds cookies, .netrc, proxies and half of the time.
-            response = self._adapters[public_only].send(
+            answer: Any = self._adapters[public_only].send(
                 request, stream=True, timeout=self._timeout_seconds
             )
             try:
                 guard.check()
-                _keep_connection(response)
+                _keep_connection(answer)
             finally:
-                response.raw.close()
-            return response.status_code, response.headers
+                answer.close()
+            return answer.status, answer.headers
 
     def _reason(self, exc: Exception) -> str:
         cause = _cause(exc)
@@ -220,40 +223,40 @@ class _Adapter(requests.adapters.HTTPAdapter):
     """Sends over the connections of `web/outbound.py`; takes no more of an answer than we use."""
 
     def __init__(self, ca_path: str) -> None:
-        self._ca_path = ca_path
-        super().__init__(pool_connections=8, pool_maxsize=MAX_CONNECTIONS)
+        super().__init__()
+        self._pools = outbound.Pools(max_connections=MAX_CONNECTIONS, ca_path=ca_path)
 
-    def init_poolmanager(self, connections: int, maxsize: int, *_: Any, **__: Any) -> None:
-        self.poolmanager = outbound.pool_manager(num_pools=connections, maxsize=maxsize)
+    def init_poolmanager(self, *_: Any, **__: Any) -> None:
+        """Make none: the pools are ours."""
 
-    def build_connection_pool_key_attributes(
-        self, request: requests.PreparedRequest, verify: Any, cert: Any = None
-    ) -> Any:
-        host, tls = super().build_connection_pool_key_attributes(request, verify, cert)
-        if host["scheme"] == "https":
-            tls["ssl_context"] = outbound.tls_context(self._ca_path)
-        return host, tls
+    def get_connection_with_tls_context(self, request: Any, *_: Any, **__: Any) -> Any:
+        """Return the connections to the receiver."""
+        return self._pools.of(request.url)
 
-    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+    def cert_verify(self, *_: Any) -> None:
         """Leave it to the TLS context, or the bundle is read for each connection."""
 
-    def build_response(self, req: Any, resp: Any) -> requests.Response:  # noqa: ARG002 - requests'
-        """Take status and headers only: cookies or an odd charset must not undo a delivery."""
-        response = requests.Response()
-        response.status_code = resp.status
-        response.headers = requests.structures.CaseInsensitiveDict(resp.headers)
-        response.raw = resp
-        return response
+    def request_url(self, request: Any, _: Any) -> str:
+        """Return what follows the origin."""
+        return outbound.target(request.url)
+
+    def build_response(self, _: Any, resp: Any) -> Any:
+        """Hand on what urllib3 has: cookies or an odd charset must not undo a delivery."""
+        return resp
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self._pools.close()
 
 
-def _keep_connection(response: requests.Response) -> None:
+def _keep_connection(answer: Any) -> None:
     """Read the rest of a short answer, since only then its connection can be used again.
 
     Whatever happens to it, the answer is here already: a failure must not undo a delivery.
     """
-    if _is_success(response.status_code):
+    if _is_success(answer.status):
         with contextlib.suppress(Exception):
-            response.raw.read(MAX_ANSWER_BYTES, decode_content=False)
+            answer.read(MAX_ANSWER_BYTES, decode_content=False)
 
 
 def _is_success(status_code: int) -> bool:

@@ -23,7 +23,7 @@ from jobs.analysis import Analyze, Progress, Report
 
 #: How long a thread keeps the interpreter while others want it, in seconds. The 5 ms that Python
 #: has by default make each answer wait 5 ms for each analysis (see bench/executors.py).
-SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.005
 
 #: Seconds until a worker that would not start is tried again.
 RETRY_SECONDS = 1.0

@@ -45,10 +45,10 @@ class Journal:
         path: Path,
         *,
         on_lost: Callable[[], None],
-        on_commit: Callable[[float], None] = lambda _: None,
+        on_settled: Callable[[float], None] = lambda _: None,
     ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
-        self._storage = Storage(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
+        self._storage = Storage(path, schema=schema, on_lost=on_lost, on_settled=on_settled)
 
     def open(self) -> None:
         """Open the file, alone.
@@ -61,6 +61,10 @@ class Journal:
     def close(self) -> None:
         """Let the file go, folded into one."""
         self._storage.close()
+
+    def settle(self) -> None:
+        """Wait until what was accepted, received or resent so far survives a power cut."""
+        self._storage.settle()
 
     @property
     def failure(self) -> errors.JournalError | None:
@@ -81,16 +85,19 @@ class Journal:
     def accept(
         self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str
     ) -> str:
-        """Commit a job, durably, and return its id, or that of the job first sent with this key.
+        """Commit a job and return its id, or that of the job first sent with this key.
 
         Raises:
             KeyReusedError: The key came with another body.
         """
         row = {
             "id": job.id,
+            "state": job.state,
             "postback_url": job.postback_url,
             "receiver": job.receiver,
+            "starts": job.starts,
             "created_at": model.text_of(job.created_at),
+            "started_at": job.started_at and model.text_of(job.started_at),
             "forwarded": json.dumps(dict(job.forwarded)),
             "idempotency_key": idempotency_key,
             "body_sha256": idempotency_key and body_sha256,
@@ -103,7 +110,7 @@ class Journal:
             connection.execute(_KEEP_PAYLOAD, {"seq": inserted.lastrowid, "body": body})
             return job.id
 
-        return self._storage.write(work, durable=True)
+        return self._storage.write(work, promised=True)
 
     def accepted_before(self, idempotency_key: str, *, body_sha256: str) -> str | None:
         """Return the id of the job that was sent with this key, if there is one.
@@ -235,7 +242,7 @@ class Journal:
         row = {"id": job_id, "next_attempt_at": model.text_of(now)}
         self._storage.write(
             lambda connection: _moved(connection, _RESEND, row, wanted="resent"),
-            durable=True,
+            promised=True,
         )
 
     # Resume and prune
@@ -326,7 +333,7 @@ class Journal:
     # The built-in receiver
 
     def receive(self, postback: Received) -> bool:
-        """Commit a received postback, durably; return whether its webhook-id is new."""
+        """Commit a received postback, and return whether its webhook-id is new."""
         row = {
             "webhook_id": postback.webhook_id,
             "received_at": model.text_of(postback.received_at),
@@ -334,7 +341,7 @@ class Journal:
             "body": postback.body,
         }
         return self._storage.write(
-            lambda connection: connection.execute(_RECEIVE, row).rowcount == 1, durable=True
+            lambda connection: connection.execute(_RECEIVE, row).rowcount == 1, promised=True
         )
 
     def received(self, *, limit: int) -> list[Received]:
@@ -430,9 +437,9 @@ _PROBE = """
 _UNDO_PROBE = "DELETE FROM received WHERE webhook_id = ''"
 
 _ACCEPT = """
-    INSERT INTO jobs (id, state, postback_url, receiver, created_at, forwarded,
+    INSERT INTO jobs (id, state, postback_url, receiver, starts, created_at, started_at, forwarded,
                       idempotency_key, body_sha256)
-    VALUES (:id, 'accepted', :postback_url, :receiver, :created_at, :forwarded,
+    VALUES (:id, :state, :postback_url, :receiver, :starts, :created_at, :started_at, :forwarded,
             :idempotency_key, :body_sha256)
     ON CONFLICT (idempotency_key) DO NOTHING
 """

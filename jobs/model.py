@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -176,6 +176,11 @@ def new_job(
         resent_after=0,
         forwarded=forwarded,
     )
+
+
+def begun(job: Job, *, now: datetime) -> Job:
+    """Return a job whose analysis begins for the first time."""
+    return replace(job, state=State.RUNNING, starts=1, started_at=now)
 
 
 def new_id(now: datetime) -> str:

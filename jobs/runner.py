@@ -1,11 +1,11 @@
 """One daemon thread a job, a bounded number at once; attempts that are due; an orderly stop.
 
-Knows who does what when. A job's thread claims the oldest accepted job, runs the analysis, stores
-the event, gives up its place, and makes the first attempt. One scheduler thread starts the attempts
-that are due, ends what takes too long, and prunes. Jobs that wait do so in the journal.
+Knows who does what when. A job is begun as it is accepted if there is a place, and else waits in
+the journal, until a thread claims it. Its thread runs the analysis, stores the event, gives up the
+place, and makes the first attempt. One scheduler thread starts the attempts that are due, ends what
+takes too long, and prunes.
 """
 
-import _thread
 import functools
 import logging
 import math
@@ -22,6 +22,7 @@ from jobs.analysis import Progress
 from jobs.executors import Executor
 from jobs.journal import Journal
 from jobs.model import State
+from jobs.threads import Threads
 
 #: Attempts under way at once, all receivers together and for one of them.
 MAX_ATTEMPTS = 256
@@ -124,6 +125,7 @@ class Runner:
         self._result_url = result_url
         self._observer = observer or Observer()
         self._clock = clock
+        self._threads = Threads()
         self._lock = threading.Lock()  # guards what follows, for a few lines at a time
         self._idle = threading.Condition(self._lock)
         self._woken = threading.Condition(self._lock)
@@ -168,7 +170,9 @@ class Runner:
     def accept(
         self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str
     ) -> str:
-        """Commit a job, durably, start it if there is a place, and return its id.
+        """Commit a job, start it if there is a place, and return its id.
+
+        It is durable once the journal is settled.
 
         Returns:
             The id of the first job, when one was accepted with the same key.
@@ -181,11 +185,20 @@ class Runner:
             first = self._journal.accepted_before(idempotency_key, body_sha256=body_sha256)
             if first:
                 return first
-        accepted = self._commit(job, body, idempotency_key, body_sha256)
+        if begins := self._admit():
+            job = model.begun(job, now=self._clock())
+        accepted = ""
+        try:
+            accepted = self._journal.accept(
+                job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
+            )
+        finally:
+            self._admitted(job.id, begins=begins, accepted=accepted == job.id)
         if accepted == job.id:
             log.info("job accepted", extra=_facts(job))
             self._observer.accepted(job)
-            self._start_waiting()
+            if begins:
+                self._start_begun(job, body)
         return accepted
 
     def cancel(self, job_id: str) -> None:
@@ -250,6 +263,7 @@ class Runner:
         self._stopped.set()
         self._wake()
         self._scheduler.join(RETRY_SECONDS)
+        self._threads.close()
         self._journal.put_back(cut)
         waiting = self._journal.count_unfinished()
         return Drained(finished=self._finished - before, waiting=waiting)
@@ -266,25 +280,36 @@ class Runner:
             )
         return None
 
-    def _commit(
-        self, job: model.Job, body: bytes, idempotency_key: str | None, body_sha256: str
-    ) -> str:
+    def _admit(self) -> bool:
+        """Make room for a job that is about to be accepted; return whether it can begin at once."""
         with self._lock:
             if refusal := self._refusal():
                 raise refusal
-            self._waiting += 1
+            begins = not self._waiting and self._has_place()
             self._accepting += 1
-        accepted = ""
-        try:
-            accepted = self._journal.accept(
-                job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
-            )
-        finally:
-            with self._lock:
-                self._accepting -= 1
-                self._waiting -= accepted != job.id  # refused, or another was first with this key
-                self._notify_if_idle()
-        return accepted
+            self._starting += begins
+            self._waiting += not begins
+            return begins
+
+    def _admitted(self, job_id: str, *, begins: bool, accepted: bool) -> None:
+        with self._lock:
+            self._accepting -= 1
+            self._starting -= begins
+            if begins and accepted:
+                self._note_running(job_id)
+            elif not accepted:  # refused, or another was first with this key
+                self._waiting -= not begins
+            self._notify_if_idle()
+        if not begins:
+            self._start_waiting()
+
+    def _start_begun(self, job: model.Job, body: bytes) -> None:
+        if self._start_thread(job.id, self._work_on, job, body):
+            return
+        with self._lock:  # it waits in the journal, as if it had not begun
+            del self._running[job.id]
+            self._waiting += 1
+        self._insist(lambda: self._journal.put_back([job.id]))
 
     def _count_waiting(self, change: int) -> None:
         with self._lock:
@@ -302,26 +327,26 @@ class Runner:
 
     def _take_place(self) -> bool:
         with self._lock:
-            places = 1 if self._alone else self._limits.max_running
-            running = self._alone & self._running.keys() if self._alone else self._running
-            taken = self._starting + len(running)
-            free = taken < places and self._waiting > self._starting and not self._draining
+            free = self._waiting > self._starting and self._has_place() and not self._draining
             self._starting += free
             return free
 
+    def _has_place(self) -> bool:
+        """Tell whether one more analysis may run. The lock is held."""
+        places = 1 if self._alone else self._limits.max_running
+        running = self._alone & self._running.keys() if self._alone else self._running
+        return self._starting + len(running) < places
+
     def _start_thread(self, name: str, work: Callable[..., None], *args: Any) -> bool:
-        # Not Thread.start(): that waits until the thread runs, which on a busy machine costs the
-        # one who is about to answer 200 more than all the rest. Such threads are daemons, too.
         try:
-            _thread.start_new_thread(self._guard, (name, work, *args))
+            self._threads.start(name, self._guard, work, *args)
         except RuntimeError as exc:  # a limit of the machine
             log.warning("thread failed to start", extra={"error": str(exc)})
             self._wake()
             return False
         return True
 
-    def _guard(self, name: str, work: Callable[..., None], *args: Any) -> None:
-        threading.current_thread().name = name
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
         try:
             work(*args)
         except errors.JournalError:
@@ -330,13 +355,17 @@ class Runner:
             log.exception("thread failed", extra={"job_id": threading.current_thread().name})
 
     def _work(self) -> None:
-        """Run one job: begin it, analyze, store the event, and make the first attempt."""
+        """Begin the next job, and take it to its first attempt."""
         begun = self._begin()
         if begun is None:  # it was canceled in the meantime
             self._start_waiting()
             return
         job, body = begun
         threading.current_thread().name = job.id
+        self._work_on(job, body)
+
+    def _work_on(self, job: model.Job, body: bytes) -> None:
+        """Analyze, store the event, and make the first attempt."""
         try:
             job, event = self._analyze(job, body)
         finally:
@@ -357,10 +386,14 @@ class Runner:
                 self._alone.discard(suspect.id)
                 self._outlived.discard(suspect.id)
             if begun:
-                self._running[begun[0].id] = times_out_at = self._times_out_at()
-                self._wake_by(times_out_at)
+                self._note_running(begun[0].id)
             self._notify_if_idle()
         return begun
+
+    def _note_running(self, job_id: str) -> None:
+        """Keep a job that has begun in mind. The lock is held."""
+        self._running[job_id] = times_out_at = self._times_out_at()
+        self._wake_by(times_out_at)
 
     def _begin_in_journal(self, suspect: model.Job | None) -> tuple[model.Job, bytes] | None:
         if suspect:

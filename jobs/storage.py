@@ -1,8 +1,8 @@
-"""One SQLite file, held by one process: opened with checks, written in shared commits.
+"""One SQLite file, held by one process: opened with checks, written in short transactions.
 
-Knows how the file is opened, what its errors mean, and when a commit is durable. Threads that write
-at the same moment share one transaction: the first one commits for all who wait, so no writer
-thread is needed, and a lone write costs no hand-over at all.
+Knows how the file is opened, what its errors mean, and when it is durable. A commit survives the
+end of the process, and costs no wait; only `settle` makes sure that it survives a power cut, too.
+So whoever promises many things at once waits for the disk once.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, TypeVar
 
 from jobs import errors
 
@@ -34,6 +34,7 @@ PRAGMAS: Mapping[str, str | int] = {
     # lose commits, https://sqlite.org/wal.html#walresetbug).
     "locking_mode": "exclusive",
     "journal_mode": "wal",
+    "synchronous": 1,  # NORMAL: no fsync but at checkpoints, so that none is out of order
     "foreign_keys": 1,
     "journal_size_limit": WAL_LIMIT_BYTES,
 }
@@ -66,19 +67,19 @@ class Storage:
         *,
         schema: str,
         on_lost: Callable[[], None],
-        on_commit: Callable[[float], None] = lambda _: None,
+        on_settled: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._path = path
         self._schema = schema
         self._on_lost = on_lost
-        self._on_commit = on_commit
-        self._lock = threading.Lock()  # guards the connection
-        self._queue_lock = threading.Lock()  # guards the next two
-        self._queue: list[_Write[Any]] = []
-        self._is_led = False
-        self._synchronous = ""
-        self._failure: errors.JournalError | None = None
+        self._on_settled = on_settled
+        self._lock = threading.Lock()  # guards the connection, and what follows
         self._lock_file: IO[str] | None = None
+        self._failure: errors.JournalError | None = None
+        self._promises = 0  # writes that an answer depends on
+        self._disk = threading.Lock()  # guards what follows; may be held for as long as an fsync
+        self._log_file: int | None = None
+        self._settled = 0  # so many promises are on the disk
 
     def open(self) -> None:
         """Lock the file, open it, check it, and lay the tables in a new one.
@@ -91,6 +92,7 @@ class Storage:
             _refuse_emptied(self._path, holder)
             self._connection = _connect(self._path)
             self._prepare()
+            self._log_file = os.open(f"{self._path}-wal", os.O_RDONLY)
             self._inode = _inode(self._path)
             _sign(self._lock_file, f"{os.getpid()}{_SINCE}{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         except (OSError, sqlite3.Error) as exc:
@@ -102,7 +104,10 @@ class Storage:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let it go. May be called twice."""
-        with self._lock:
+        with self._lock, self._disk:
+            if self._log_file is not None:
+                os.close(self._log_file)
+                self._log_file = None
             if connection := getattr(self, "_connection", None):
                 connection.close()
                 del self._connection
@@ -112,7 +117,10 @@ class Storage:
 
     @property
     def failure(self) -> errors.JournalError | None:
-        """Why the last commit failed; None when it did not."""
+        """Why the last commit failed, or the next one would; None when there is no reason."""
+        if self._log_file is not None and not isinstance(self._failure, errors.JournalLostError):
+            with contextlib.suppress(errors.JournalLostError):
+                self._refuse_replaced()
         return self._failure
 
     def read(self, statement: str, parameters: Mapping[str, Any]) -> list[sqlite3.Row]:
@@ -127,27 +135,42 @@ class Storage:
             except sqlite3.Error as exc:
                 raise self._failed(exc) from exc
 
-    def write(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = False) -> T:
+    def write(self, work: Callable[[sqlite3.Connection], T], *, promised: bool = False) -> T:
         """Run `work` inside a transaction and return what it returned, once that is committed.
 
         Args:
-            work: Changes rows. It may share its transaction with others, so an error of ours is
-                raised only before its first change.
-            durable: Whether the commit must survive a power cut (one fsync, shared by all who
-                commit together). Without, it survives the end of the process.
+            work: Changes rows.
+            promised: Whether an answer depends on it, which `settle` has to be called before.
 
         Raises:
             JournalError: Nothing was committed.
         """
-        write = _Write(work, durable=durable)
-        with self._queue_lock:
-            self._queue.append(write)
-            must_wait, self._is_led = self._is_led, True
-        if must_wait:
-            write.woken.acquire()
-        if not write.ended:
-            self._lead()
-        return write.outcome()
+        with self._lock:
+            try:
+                result = self._transact(work)
+            except sqlite3.Error as exc:
+                raise self._failed(exc) from exc
+            finally:
+                self._roll_back()  # unless it was committed
+            self._promises += promised
+            return result
+
+    def settle(self) -> None:
+        """Wait until all that was promised so far survives a power cut.
+
+        Many threads may ask at once: one fsync answers all who came before it began.
+
+        Raises:
+            JournalError: It may not survive.
+        """
+        wanted = self._promises
+        with self._disk:
+            if self._settled >= wanted:
+                return
+            settled, began = self._promises, time.perf_counter()
+            self._synchronise()
+            self._settled = settled
+        self._on_settled(time.perf_counter() - began)
 
     def size_bytes(self) -> int:
         """Return the size of the file and of its write-ahead log."""
@@ -176,61 +199,33 @@ class Storage:
                 part.unlink(missing_ok=True)
             raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
 
-    def _lead(self) -> None:
-        """Commit for all who wait, then let the first of those who came meanwhile lead."""
-        batch: list[_Write[Any]] = []
-        try:
-            with self._lock:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
-        finally:
-            with self._queue_lock:
-                self._is_led = bool(self._queue)
-                woken = batch[1:] + self._queue[:1]
-            for write in woken:
-                write.woken.release()
-
-    def _commit(self, batch: "list[_Write[Any]]") -> None:
-        try:
-            self._transact(batch)
-        except Exception as exc:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
-            error = self._failed(exc) if isinstance(exc, sqlite3.Error) else exc
-            self._roll_back()
-            if len(batch) == 1:
-                for write in batch:
-                    write.fail(error)
-            else:  # one of them spoiled it: each alone
-                for write in batch:
-                    self._commit([write])
-
-    def _transact(self, batch: "list[_Write[Any]]") -> None:
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._open_connection()
         self._refuse_replaced()
-        self._synchronise("FULL" if any(write.durable for write in batch) else "NORMAL")
         connection.execute("BEGIN IMMEDIATE")
         changes = connection.total_changes
-        for write in batch:
-            write.run(connection)
-        began = time.perf_counter()
+        result = work(connection)
         connection.execute("COMMIT")
-        for write in batch:
-            write.ended = True
-        self._on_commit(time.perf_counter() - began)
         if self._failure and connection.total_changes > changes:  # else it wrote nothing
             self._failure = None
             log.warning("journal recovered")
+        return result
+
+    def _synchronise(self) -> None:
+        if self._log_file is None:
+            raise errors.JournalError("The journal is closed: the service is stopping.")
+        if isinstance(self._failure, errors.JournalLostError):
+            raise self._failure
+        try:
+            os.fdatasync(self._log_file)
+        except OSError as exc:
+            raise self._lost(f"The journal can no longer be trusted: {exc}.") from exc
 
     def _roll_back(self) -> None:
         connection: sqlite3.Connection | None = getattr(self, "_connection", None)
         if connection and connection.in_transaction:  # after SQLITE_FULL it no longer is
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
-
-    def _synchronise(self, level: str) -> None:
-        if level != self._synchronous:  # cannot be changed inside a transaction
-            self._connection.execute(_SYNCHRONOUS[level])
-            self._synchronous = level
 
     def _open_connection(self) -> sqlite3.Connection:
         if isinstance(self._failure, errors.JournalLostError):
@@ -293,38 +288,9 @@ class Storage:
         return self._connection.execute(statement).fetchone()[0]
 
 
-class _Write(Generic[T]):
-    """One thread's part of a shared commit."""
-
-    def __init__(self, work: Callable[[sqlite3.Connection], T], *, durable: bool) -> None:
-        self.work = work
-        self.durable = durable
-        self.ended = False
-        self.woken = threading.Lock()  # each has its own: they need not queue up for one
-        self.woken.acquire()
-        self._error: Exception | None = None
-
-    def run(self, connection: sqlite3.Connection) -> None:
-        self._error = None
-        try:
-            self._result = self.work(connection)
-        except errors.Error as exc:  # raised before its first change: the others go on
-            self._error = exc
-
-    def fail(self, exc: Exception) -> None:
-        self._error = exc
-        self.ended = True
-
-    def outcome(self) -> T:
-        if self._error:
-            raise self._error
-        return self._result
-
-
 #: In the lock file, after the pid: this journal was opened before.
 _SINCE = " since "
 
-_SYNCHRONOUS = {level: f"PRAGMA synchronous = {level}" for level in ("FULL", "NORMAL")}
 _STAMP = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
 
 

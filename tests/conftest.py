@@ -1,8 +1,6 @@
 """Fixtures: each stops what it starts, and asserts that it stopped."""
 
-import _thread
 import os
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,22 +9,6 @@ import pytest
 from tests import analyses
 from tests.harness import InProcess, RealProcess
 from tests.receiver import Receiver
-
-_start_new_thread = _thread.start_new_thread
-
-
-def _start_traced(function, arguments):
-    """Start a thread that coverage sees: by itself it sees only those of `threading`."""
-
-    def traced(*arguments):
-        sys.settrace(threading.gettrace())
-        function(*arguments)
-
-    return _start_new_thread(traced, arguments)
-
-
-if threading.gettrace():
-    _thread.start_new_thread = _start_traced  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +20,6 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PORT", "0")
     monkeypatch.setenv("JOURNAL", str(tmp_path / "journal.db"))
     monkeypatch.setenv("DRAIN", "5s")
-
-
-@pytest.fixture(autouse=True)
-def traced_threads(monkeypatch):
-    """Let coverage follow the threads of jobs, too: they are not started by `threading`."""
-    start, trace = _thread.start_new_thread, threading.gettrace()
-
-    def start_traced(function, args):
-        def run(*args):
-            sys.settrace(trace)
-            function(*args)
-
-        return start(run, args)
-
-    if trace:
-        monkeypatch.setattr(_thread, "start_new_thread", start_traced)
 
 
 @pytest.fixture

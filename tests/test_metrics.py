@@ -182,7 +182,7 @@ def test_methods_that_callers_make_up_share_one_label(metrics):
 
 
 def test_a_commit_is_timed(metrics):
-    metrics.committed(0.002)
+    metrics.settled(0.002)
 
     assert of(metrics, "postback_commit_seconds_sum") == 0.002
 
@@ -253,7 +253,7 @@ def test_a_job_leaves_its_trace_in_every_metric(service):
     assert value(text, "postback_jobs_refused_total", reason="malformed") == 1
     assert value(text, "postback_attempts_total", result="delivered") == 1
     assert value(text, "postback_running_seconds_count") == 1
-    assert value(text, "postback_commit_seconds_count") >= 3
+    assert value(text, "postback_commit_seconds_count") >= 1
     assert value(text, "postback_journal_bytes") > 4096
 
 

@@ -371,14 +371,14 @@ def test_a_connection_that_was_released_is_not_cut(watchdog_for, listener):
 
 
 def test_a_kept_connection_is_out_of_reach_of_the_attempt_that_used_it(watchdog_for):
-    watchdog, pools = watchdog_for(), outbound.pool_manager()
+    watchdog, pools = watchdog_for(), outbound.Pools(max_connections=1, ca_path="")
     with Receiver() as receiver:
         with watchdog.guard(public_only=False) as guard:
-            pools.request("POST", receiver.url, body=b"")
+            pools.of(receiver.url).request("POST", "/", body=b"")
             guard.cut()
         with watchdog.guard(public_only=False):
-            pools.request("POST", receiver.url, body=b"")
-        outbound.close_pools(pools)
+            pools.of(receiver.url).request("POST", "/", body=b"")
+        pools.close()
 
     assert [request.connection for request in receiver.requests] == [1, 1]
 

@@ -344,10 +344,10 @@ def test_a_refused_connection_is_a_failed_attempt_until_the_receiver_comes_up(se
     [
         (
             {"url": "http://" + "a" * 64 + ".example/"},
-            r"LocationParseError|InvalidURL|UnicodeError",
+            "refused: .*",
         ),
-        ({"url": "nonsense"}, "MissingSchema"),
-        ({"forwarded": {"X-A": "a\r\nb"}}, "InvalidHeader"),
+        ({"url": "nonsense"}, "refused: .*"),
+        ({"forwarded": {"X-A": "a\r\nb"}}, "ValueError"),
         ({"forwarded": {"X-A": "\u20ac"}}, "UnicodeEncodeError"),
     ],
 )

@@ -197,7 +197,7 @@ def test_a_long_event_is_stored_even_where_it_cannot_be_shown(tmp_path):
     application.serve("POST", "/shown", one.receive)
     application.serve("POST", "/deaf", deaf.receive)
     server = Server(host="127.0.0.1", port=0, max_body_bytes=10_000)
-    server.start(application)
+    server.start(application, settle=journal.settle)
     bodies = [json.dumps({"a": "x" * n + "ä" * 500}, ensure_ascii=False).encode() for n in (0, 1)]
 
     answers = [_posted(server.port, "/shown", body) for body in bodies]
@@ -292,7 +292,7 @@ def test_what_is_shown_cannot_steer_a_terminal(tmp_path):
         serving = Server(host="127.0.0.1", port=0, max_body_bytes=1000)
         application = Application()
         application.serve("POST", "/postprocessed", one.receive)
-        serving.start(application)
+        serving.start(application, settle=lambda: None)
         requests.post(f"http://127.0.0.1:{serving.port}/postprocessed", data=body, headers=JSON)
         serving.stop()
 

@@ -1,6 +1,5 @@
 """What the runner promises between the 200 and the postback."""
 
-import _thread
 import json
 import os
 import threading
@@ -17,6 +16,7 @@ from jobs.executors import ThreadExecutor
 from jobs.journal import Journal
 from jobs.model import State
 from jobs.runner import Limits, Runner
+from jobs.threads import Threads
 from tests import analyses
 from tests import receiver as behaviour
 from tests.harness import events, failing, poll
@@ -134,14 +134,14 @@ def hasty(monkeypatch):
 def no_threads(monkeypatch):
     """Let no thread of a job or an attempt start, until the returned event is set."""
     allowed = threading.Event()
-    start = _thread.start_new_thread
+    start = Threads.start
 
-    def limited(function, arguments):
+    def limited(self, *work):
         if not allowed.is_set():
             raise RuntimeError("can't start new thread")
-        return start(function, arguments)
+        start(self, *work)
 
-    monkeypatch.setattr(_thread, "start_new_thread", limited)
+    monkeypatch.setattr(Threads, "start", limited)
     return allowed
 
 
@@ -224,20 +224,25 @@ def test_an_attempt_whose_thread_cannot_start_is_made_later(journal, no_threads,
 def test_a_thread_whose_job_was_canceled_before_it_began_does_nothing(journal, monkeypatch):
     held = []
     with monkeypatch.context() as patch:
-        patch.setattr(_thread, "start_new_thread", lambda *call: held.append(call))
+        patch.setattr(Threads, "start", lambda _, name, work, *args: held.append((work, args)))
         one = runner_of(journal)
         one.start()
+        accept(one), accept(one)
         job_id = accept(one)
+        call(held.pop())  # one ends, and makes room for the third
         one.cancel(job_id)
-    function, arguments = held[0]
-    thread = threading.Thread(target=function, args=arguments)
 
-    thread.start()
+    for each in held:
+        call(each)
 
-    thread.join(5)
     poll(lambda: journal.job(job_id).state is State.DELIVERED, "delivered")
     assert (journal.job(job_id).outcome, journal.job(job_id).starts) == ("canceled", 0)
     assert one.drain(5).waiting == 0
+
+
+def call(held):
+    work, args = held
+    work(*args)
 
 
 class Careless(ThreadExecutor):

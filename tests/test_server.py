@@ -22,11 +22,11 @@ def serve():
     """Return a function that serves one handler at GET /, and gives the URL of the server."""
     servers = []
 
-    def serve(handler, *, host="127.0.0.1"):
+    def serve(handler, *, host="127.0.0.1", settle=lambda: None):
         application = Application()
         application.serve("GET", "/", handler)
         servers.append(Server(host=host, port=0, max_body_bytes=MAX_BODY))
-        servers[-1].start(application)
+        servers[-1].start(application, settle=settle)
         return f"http://{f'[{host}]' if ':' in host else host}:{servers[-1].port}"
 
     yield serve

@@ -253,8 +253,7 @@ def test_a_receiver_with_a_bad_secret_does_not_start_and_does_not_show_it():
 @pytest.mark.parametrize(
     ("point", "starts", "postbacks"),
     [
-        pytest.param("Journal.accept:after", 1, 1, id="committed, not answered"),
-        pytest.param("Journal.claim:before", 1, 1, id="accepted, not begun"),
+        pytest.param("Journal.accept:after", 2, 1, id="committed, not settled"),
         pytest.param("ThreadExecutor.run:before", 2, 1, id="begun"),
         pytest.param("ThreadExecutor.run:after", 2, 1, id="analysed, not stored"),
         pytest.param("Journal.end:after", 1, 1, id="stored, not posted"),

@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import shutil
@@ -8,11 +9,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -51,8 +51,13 @@ class Opened(Storage):
     def _count(self) -> None:
         self.times_lost += 1
 
-    def note(self, text: str, *, durable: bool = False) -> int:
-        return int(self.write(noting(text), durable=durable))
+    def note(self, text: str) -> int:
+        return int(self.write(noting(text)))
+
+    def promise(self, text: str) -> None:
+        """Note a text, and wait until it survives a power cut."""
+        self.write(noting(text), promised=True)
+        self.settle()
 
     def notes(self) -> list[str]:
         return [row["text"] for row in self.read("SELECT text FROM notes ORDER BY rowid", {})]
@@ -102,31 +107,6 @@ def noting(text: str):
         return connection.execute("INSERT INTO notes VALUES (?)", [text]).lastrowid
 
     return work
-
-
-def synchronous(connection):
-    return connection.execute("PRAGMA synchronous").fetchone()[0]
-
-
-def write_together(one: Storage, *works, durable: tuple[bool, ...] = ()) -> list[Future[Any]]:
-    """Write these in one batch: they come while another thread holds up its commit."""
-    entered, release = threading.Event(), threading.Event()
-
-    def hold(connection):
-        entered.set()
-        assert release.wait(10)
-
-    with ThreadPoolExecutor(len(works) + 1) as pool:
-        first = pool.submit(one.write, hold)
-        assert entered.wait(10)
-        futures = [
-            pool.submit(one.write, work, durable=flag)
-            for work, flag in zip(works, durable or (False,) * len(works), strict=True)
-        ]
-        poll(lambda: len(one._queue) == len(works), "all writers wait")
-        release.set()
-        first.result()
-    return futures
 
 
 def after_a_crash(path: Path, target: Path, *suffixes: str) -> Path:
@@ -201,7 +181,7 @@ def unprivileged() -> Iterator[Path]:
 
 def test_a_closed_journal_is_one_file_that_any_sqlite_opens(path, opened):
     opened.note("a")
-    opened.note("b", durable=True)
+    opened.promise("b")
 
     opened.close()
 
@@ -237,6 +217,7 @@ def test_a_closed_journal_says_that_the_service_stops(opened):
     [
         ("locking_mode", "exclusive"),
         ("journal_mode", "wal"),
+        ("synchronous", 1),
         ("foreign_keys", 1),
         ("journal_size_limit", 64 * 1024 * 1024),
         ("application_id", int.from_bytes(b"Post")),
@@ -267,7 +248,7 @@ def test_a_second_instance_is_refused_and_the_first_is_unaffected(path, opened):
     assert second.returncode == 1
     assert second.stderr.startswith(f"JOURNAL={str(path)!r}: is in use by another instance, pid ")
     assert f"pid {os.getpid()} since 20" in second.stderr
-    opened.note("a", durable=True)
+    opened.promise("a")
     assert opened.notes() == ["a"]
 
 
@@ -412,7 +393,7 @@ def test_an_emptied_journal_is_new_once_it_and_its_lock_are_removed(path, opened
 
 def test_a_log_cut_short_keeps_the_earlier_rows(path, opened, tmp_path, reopen):
     for text in ("a", "b", "c"):
-        opened.note(text, durable=True)
+        opened.promise(text)
     copy = after_a_crash(path, tmp_path / "crashed", "-wal")
     log_path = Path(f"{copy}-wal")
     os.truncate(log_path, log_path.stat().st_size - 10)
@@ -424,7 +405,7 @@ def test_a_missing_log_leaves_what_was_folded_in(path, opened, tmp_path, reopen)
     opened.note("a")
     opened.close()
     opened.open()
-    opened.note("b", durable=True)
+    opened.promise("b")
 
     copy = after_a_crash(path, tmp_path / "crashed")
 
@@ -433,92 +414,46 @@ def test_a_missing_log_leaves_what_was_folded_in(path, opened, tmp_path, reopen)
 
 def test_a_crash_loses_nothing_that_was_committed(path, opened, tmp_path, reopen):
     opened.note("a")
-    opened.note("b", durable=True)
+    opened.promise("b")
 
     copy = after_a_crash(path, tmp_path / "crashed", "-wal", ".lock")
 
     assert reopen(copy).notes() == ["a", "b"]
 
 
-# Shared commits
+# Transactions
 
 
-def test_writers_that_wait_share_one_commit(opened):
-    statements: list[str] = []
-    opened._connection.set_trace_callback(statements.append)
-
-    futures = write_together(opened, *[noting(f"{number}") for number in range(20)])
-
-    assert statements.count("COMMIT") == 2  # of the one that held it up, and of all the others
-    assert sorted(future.result() for future in futures) == list(range(1, 21))
-    assert len(opened.notes()) == 20
-
-
-def test_a_lone_write_commits_at_once(opened):
+def test_a_write_is_one_transaction_and_waits_for_no_disk(opened, syncs):
     statements: list[str] = []
     opened._connection.set_trace_callback(statements.append)
 
     opened.note("a")
-    opened.note("b")
 
-    assert statements.count("COMMIT") == 2
-
-
-def test_an_error_of_ours_reaches_only_its_own_writer(opened):
-    def refuse(connection):
-        raise errors.KeyReusedError("no")
-
-    one, refused, other = write_together(opened, noting("a"), refuse, noting("b"))
-
-    assert isinstance(refused.exception(), errors.KeyReusedError)
-    assert {one.result(), other.result()} == {1, 2}
-    assert opened.failure is None
+    assert statements == ["BEGIN IMMEDIATE", "INSERT INTO notes VALUES ('a')", "COMMIT"]
+    assert not syncs
 
 
 @pytest.mark.parametrize(
     ("exception", "seen"),
     [
+        (errors.KeyReusedError("no"), errors.KeyReusedError),
         (sqlite3.IntegrityError("no"), errors.JournalError),
         (fault("SQLITE_FULL"), errors.JournalError),
         (ValueError("no"), ValueError),
     ],
-    ids=["constraint", "full", "any"],
+    ids=["ours", "constraint", "full", "any"],
 )
-def test_a_batch_that_one_spoils_is_repeated_one_by_one(opened, exception, seen):
+def test_work_that_raises_leaves_nothing_behind(opened, exception, seen):
     def spoil(connection):
         connection.execute("INSERT INTO notes VALUES ('spoiled')")
         raise exception
 
-    one, spoiled, other = write_together(opened, noting("a"), spoil, noting("b"))
+    with pytest.raises(seen):
+        opened.write(spoil)
 
-    assert type(spoiled.exception()) is seen
-    assert {one.result(), other.result()} == {1, 2}
-    assert set(opened.notes()) == {"a", "b"}
-
-
-def test_a_lost_journal_fails_the_whole_batch(opened):
-    def lose(connection):
-        raise fault("SQLITE_IOERR_FSYNC")
-
-    futures = write_together(opened, noting("a"), lose, noting("b"))
-
-    assert [type(future.exception()) for future in futures] == [errors.JournalLostError] * 3
-    assert opened.times_lost == 1
-
-
-@pytest.mark.parametrize(
-    ("durable", "level"), [((False, False), 1), ((False, True), 2), ((True, True), 2)]
-)
-def test_one_durable_write_makes_the_shared_commit_durable(opened, durable, level):
-    futures = write_together(opened, synchronous, synchronous, durable=durable)
-
-    assert [future.result() for future in futures] == [level, level]
-
-
-def test_durability_is_chosen_for_each_commit(opened):
-    levels = [opened.write(synchronous, durable=flag) for flag in (False, True, True, False)]
-
-    assert levels == [1, 2, 2, 1]
+    opened.note("a")
+    assert opened.notes() == ["a"]
 
 
 def test_hundreds_of_concurrent_writes_are_all_there(opened):
@@ -527,6 +462,105 @@ def test_hundreds_of_concurrent_writes_are_all_there(opened):
 
     assert sorted(ids) == list(range(1, 501))
     assert sorted(opened.notes(), key=int) == list(map(str, range(500)))
+
+
+# What survives a power cut; tests/faults/test_power_cuts.py cuts it
+
+
+@pytest.fixture
+def syncs(monkeypatch) -> list[int]:
+    """Return the descriptors that are synced, in order."""
+    synced: list[int] = []
+    sync = os.fdatasync
+
+    def note(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    return synced
+
+
+def test_what_was_promised_is_settled_by_one_sync_of_the_log(path, opened, syncs):
+    for text in ("a", "b", "c"):
+        opened.write(noting(text), promised=True)
+
+    opened.settle()
+
+    (descriptor,) = syncs
+    assert os.fstat(descriptor).st_ino == Path(f"{path}-wal").stat().st_ino
+
+
+def test_nothing_is_synced_where_nothing_was_promised(opened, syncs):
+    opened.note("a")
+    opened.settle()
+    opened.promise("b")
+    opened.settle()
+
+    assert len(syncs) == 1
+
+
+def test_those_who_wait_for_the_disk_share_the_next_sync(opened, monkeypatch):
+    entered, release = threading.Event(), threading.Event()
+    syncs = []
+
+    def sync(descriptor):
+        syncs.append(descriptor)
+        entered.set()
+        assert release.wait(10)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(opened.promise, "a")
+        assert entered.wait(10)
+        others = [pool.submit(opened.promise, f"b{number}") for number in range(8)]
+        poll(lambda: len(opened.notes()) == 9, "all of them")
+        release.set()
+        for future in (first, *others):
+            future.result()
+
+    assert len(syncs) == 2
+
+
+def test_a_write_waits_for_no_sync_of_another(opened, monkeypatch):
+    entered, release = threading.Event(), threading.Event()
+
+    def sync(_):
+        entered.set()
+        assert release.wait(10)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with ThreadPoolExecutor(1) as pool:
+        promise = pool.submit(opened.promise, "a")
+        assert entered.wait(10)
+        opened.note("b")
+        assert not promise.done()
+        release.set()
+
+    assert opened.notes() == ["a", "b"]
+
+
+def test_a_failed_sync_loses_the_journal(opened, monkeypatch, caplog):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+
+    with pytest.raises(errors.JournalLostError, match="Input/output error"):
+        opened.promise("a")
+    with pytest.raises(errors.JournalLostError):
+        opened.promise("b")
+
+    assert opened.times_lost == 1
+    assert caplog.messages == ["journal lost"]
+
+
+def test_a_closed_journal_settles_nothing(opened):
+    opened.write(noting("a"), promised=True)
+    opened.close()
+
+    with pytest.raises(errors.JournalError, match="stopping"):
+        opened.settle()
 
 
 # Faults that pass
@@ -558,14 +592,14 @@ from jobs import errors
 
 one = Opened(Path(sys.argv[1]))
 one.open()
-one.note("before", durable=True)
+one.promise("before")
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, {resource.RLIM_INFINITY}))
 try:
-    one.note("x" * 100_000, durable=True)
+    one.promise("x" * 100_000)
 except errors.JournalError as exc:
     print(type(exc).__name__, exc, one.failure is exc)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({resource.RLIM_INFINITY},) * 2)
-one.note("after", durable=True)
+one.promise("after")
 print(one.failure)
 """
 
@@ -598,12 +632,11 @@ def capture(operation) -> Exception | None:
 
 def write_until_refused(one: Opened, texts: list[str]) -> list[str]:
     """Return what was acknowledged."""
-    note = partial(one.note, durable=True)
-    return [text for text in texts if capture(partial(note, text)) is None]
+    return [text for text in texts if capture(partial(one.promise, text)) is None]
 
 
 @pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY"])
-@pytest.mark.parametrize("number", range(1, 15))
+@pytest.mark.parametrize("number", range(1, 14))
 def test_whichever_operation_fails_what_is_acknowledged_is_there(opened, reopen, code, number):
     texts = ["a", "b", "c", "d"]
     faulty = make_faulty(opened, code, number)
@@ -622,11 +655,11 @@ def test_the_last_of_those_operations_is_beyond_the_end(opened):
 
     write_until_refused(opened, ["a", "b", "c", "d"])
 
-    assert faulty.operations == 13
+    assert faulty.operations == 12
 
 
 def test_a_rollback_that_fails_is_made_good_by_the_next_write(opened):
-    make_faulty(opened, "SQLITE_IOERR_WRITE", 4, 5)  # the commit, then the rollback
+    make_faulty(opened, "SQLITE_IOERR_WRITE", 3, 4)  # the commit, then the rollback
 
     with pytest.raises(errors.JournalError):
         opened.note("a")
@@ -666,12 +699,12 @@ def test_a_fault_without_a_code_of_sqlite_is_told_by_its_type(opened):
 
 
 @pytest.mark.parametrize("code", [*storage.LOST, "SQLITE_CORRUPT_INDEX"])
-@pytest.mark.parametrize("number", [2, 4], ids=["begin", "commit"])
+@pytest.mark.parametrize("number", [1, 3], ids=["begin", "commit"])
 def test_after_a_fault_of_the_disk_the_journal_is_lost_for_good(opened, caplog, code, number):
     faulty = make_faulty(opened, code, number)
 
     with pytest.raises(errors.JournalLostError, match=code):
-        opened.note("a", durable=True)
+        opened.promise("a")
     operations = faulty.operations
     with pytest.raises(errors.JournalLostError):
         opened.note("b")
@@ -716,7 +749,7 @@ def test_a_file_that_is_no_longer_there_is_lost(tmp_path, reopen, act):
     act(tmp_path / "directory" / "journal.db")
 
     with pytest.raises(errors.JournalLostError, match="removed or replaced"):
-        one.note("b", durable=True)
+        one.promise("b")
     with pytest.raises(errors.JournalLostError):
         one.notes()
     assert one.times_lost == 1

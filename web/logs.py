@@ -7,8 +7,11 @@ answer is such a happening, too: a line of the logger `postback.access`.
 import json
 import logging
 import os
+import re
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +29,15 @@ _COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31;1m"
 #: Characters of a path that are logged.
 MAX_PATH = 200
 
+#: Lines kept while the stream takes none; the oldest go first. A log that nobody reads must not
+#: stop the service.
+MAX_LINES = 10_000
+
+#: Seconds that the end of the process waits for the last lines.
+FLUSH_SECONDS = 1.0
+
+_PLAIN = re.compile(r'[^\s"=]+')
+
 access_log = logging.getLogger("postback.access")
 
 WSGI = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -39,11 +51,10 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
         style: "text" or "json".
     """
     stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
+    handler = Handler(stream)
     text = TextFormatter(in_colour=_is_terminal(stream) and not os.environ.get("NO_COLOR"))
     handler.setFormatter(JSONFormatter() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # A stream that was closed, or a full disk, must not stop the service.
     logging.raiseExceptions = False
     logging.captureWarnings(capture=True)
     # It warns once for each request that waits for a thread: a flood under load.
@@ -56,6 +67,49 @@ def _is_terminal(stream: TextIO) -> bool:
         return stream.isatty()
     except (AttributeError, ValueError):  # it is missing, or closed
         return False
+
+
+class Handler(logging.Handler):
+    """Writes lines to a stream. Threads do not queue up for it: one writes for all who come.
+
+    A write lets another thread run, so with a lock around it, as in logging's own handlers, each
+    line made all threads that log wait for each other: a third of the jobs a second were left.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._writing = threading.Lock()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write a record, or leave it to the thread that is writing."""
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or leave it to the thread that is writing."""
+        try:
+            self._lines.append(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - a library's message that does not fit its values
+            self.handleError(record)
+        while self._lines and self._writing.acquire(blocking=False):
+            self._write()
+
+    def flush(self) -> None:
+        """Wait until what was logged is written, but not for ever."""
+        if self._writing.acquire(timeout=FLUSH_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._stream.write("".join(lines))
+            self._stream.flush()
+        except Exception:  # noqa: BLE001, S110 - no stream, a closed one, or a full disk
+            pass  # must not stop the service
+        finally:
+            self._writing.release()
 
 
 class TextFormatter(logging.Formatter):
@@ -187,5 +241,4 @@ def _time(record: logging.LogRecord) -> str:
 def _shown(value: Any) -> str:
     """Return a value that is one word, whatever it holds: no line can be forged."""
     text = str(value)
-    plain = text.isprintable() and not set(text) & set(' "=')
-    return text if plain and text else json.dumps(text)
+    return text if text.isprintable() and _PLAIN.fullmatch(text) else json.dumps(text)

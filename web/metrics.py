@@ -65,7 +65,7 @@ class Metrics(Observer):
         self._answer = histogram(
             "answer", "From a request to its answer", SHORT, "method", "route", "status_code"
         )
-        self._commit = histogram("commit", "A commit of the journal", SHORT)
+        self._commit = histogram("commit", "Until what was promised is on the disk", SHORT)
         self._attempt = histogram("attempt", "One attempt at a postback", LONG)
         self._waiting = histogram("waiting", "From the answer to the start of the analysis", LONG)
         self._running = histogram("running", "From the start of the analysis to its end", LONG)
@@ -87,8 +87,8 @@ class Metrics(Observer):
             if answer.error:
                 self._refused.labels(_reason(answer.error)).inc()
 
-    def committed(self, seconds: float) -> None:
-        """Count one commit of the journal."""
+    def settled(self, seconds: float) -> None:
+        """Count one wait for the disk."""
         self._commit.observe(seconds)
 
     def accepted(self, job: model.Job) -> None:

@@ -29,6 +29,9 @@ from jobs import errors
 #: The longest URL that is accepted, in characters.
 MAX_URL = 2048
 
+#: Receivers to which connections are kept.
+MAX_ORIGINS = 8
+
 #: From a host name to its addresses, in the order to try them. May block, and may raise OSError.
 Resolve = Callable[[str], Sequence[str]]
 
@@ -80,6 +83,12 @@ def origin(url: str) -> str:
     """
     scheme, host, port, _ = _split(url)
     return f"{scheme}://{host}:{port}"
+
+
+def target(url: str) -> str:
+    """Return the path and the query of a URL that `origin` accepts."""
+    rest = _split(url)[3]
+    return rest if rest.startswith("/") else f"/{rest}"
 
 
 def is_public(address: str) -> bool:
@@ -329,24 +338,44 @@ class Watchdog:
         return None
 
 
-def pool_manager(**options: Any) -> urllib3.PoolManager:
-    """Return pools of connections that work only inside `Watchdog.guard`, and obey it.
+class Pools:
+    """Connections that are kept, to the receivers that were reached last.
 
-    A pool must serve attempts of one kind only, those to any address or those to public ones:
-    a connection that is kept is not checked again.
+    They work only inside `Watchdog.guard`, and obey it. The pools must serve attempts of one kind
+    only, those to any address or those to public ones: a connection that is kept is not checked
+    again.
     """
-    # Its messages hold whole URLs, whose queries may be secret.
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    manager = urllib3.PoolManager(**options)
-    manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
-    return manager
 
+    def __init__(self, *, max_connections: int, ca_path: str) -> None:
+        # Its messages hold whole URLs, whose queries may be secret.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
+        self._max_connections = max_connections
+        self._ca_path = ca_path
+        self._lock = threading.Lock()
+        self._pools: dict[tuple[str, str, int], HTTPConnectionPool] = {}  # used last is last
 
-def close_pools(manager: urllib3.PoolManager) -> None:
-    """Close the connections that are kept, now: `PoolManager.clear` leaves it to the collector."""
-    for key in manager.pools.keys():  # noqa: SIM118 - a copy; the container itself does not iterate
-        manager.pools[key].close()
-    manager.clear()
+    def of(self, url: str) -> HTTPConnectionPool:
+        """Return the connections to the origin of a URL that `origin` accepts."""
+        key = _split(url)[:3]
+        with self._lock:
+            pool = self._pools.pop(key, None) or self._make(*key)
+            self._pools[key] = pool
+            if len(self._pools) > MAX_ORIGINS:  # it closes itself when nobody uses it any more
+                del self._pools[next(iter(self._pools))]
+            return pool
+
+    def close(self) -> None:
+        """Close those that are not in use."""
+        with self._lock:
+            for pool in self._pools.values():
+                pool.close()
+            self._pools.clear()
+
+    def _make(self, scheme: str, host: str, port: int) -> HTTPConnectionPool:
+        if scheme == "http":
+            return _Pool(host, port, maxsize=self._max_connections)
+        context = tls_context(self._ca_path)
+        return _TLSPool(host, port, maxsize=self._max_connections, ssl_context=context)
 
 
 @functools.cache
@@ -394,6 +423,7 @@ class _TLSPool(_Pool, HTTPSConnectionPool):
     ConnectionCls = _TLSConnection
 
 
+@functools.lru_cache(maxsize=1024)
 def _split(url: str) -> tuple[str, str, int, str]:
     """Return scheme, host, port, and what follows them, or refuse the URL."""
     match = _URL.fullmatch(url) if len(url) <= MAX_URL else None

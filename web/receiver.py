@@ -117,7 +117,7 @@ def _serve(options: argparse.Namespace, secrets: Sequence[str]) -> None:
     application = server.Application()
     application.serve("POST", "/postprocessed", receiver.receive)
     application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
-    listening.start(application)
+    listening.start(application, settle=journal.settle)
     url = f"http://{options.host}:{listening.port}/postprocessed"
     print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
     while not stop.wait(WAIT_SECONDS):

@@ -9,6 +9,7 @@ import errno
 import hmac
 import json
 import logging
+import queue
 import resource
 import select
 import socket
@@ -19,8 +20,10 @@ from http import HTTPStatus
 from typing import Any
 
 import bottle
-import waitress
 from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.server import TcpWSGIServer
 
 from jobs import errors
 from web import intake, logs
@@ -46,9 +49,14 @@ _DETAILS = {
     500: "The service failed: what happened is in its log.",
 }
 
-#: Threads that answer requests. They share commits, so more of them accept more jobs a second,
-#: until they crowd out the threads that deliver: 16 measured best (docs/design.md).
-THREADS = 16
+#: Threads that answer requests.
+THREADS = 4
+
+#: Answers that one thread keeps at most, before it lets them go.
+MAX_KEPT = 32
+
+#: Until a stop no longer waits for them.
+SHUTDOWN_SECONDS = 5.0
 
 #: Connections at most; a half-sent request holds one until it has been silent for the timeout.
 CONNECTIONS = 5000
@@ -137,20 +145,33 @@ class Server:
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]
 
-    def start(self, application: logs.WSGI) -> None:
-        """Begin to answer."""
-        self._server = waitress.create_server(
-            application,
+    def start(self, application: logs.WSGI, *, settle: Callable[[], None]) -> None:
+        """Begin to answer.
+
+        Args:
+            application: Answers requests.
+            settle: Is called before answers leave; when it raises, none of them does.
+        """
+        self._answerers = _Answerers(settle)
+        settings = Adjustments(
             sockets=[self._socket],
-            threads=THREADS,
             connection_limit=_connection_limit(),
-            asyncore_use_poll=True,  # select() fails at descriptor 1024
             max_request_body_size=self._max_body_bytes + HEADROOM_BYTES,
             max_request_header_size=32 * 1024,
+            outbuf_high_watermark=1 << 40,
+            asyncore_use_poll=True,  # select() fails at descriptor 1024
             channel_timeout=SILENCE_SECONDS,
             cleanup_interval=SWEEP_SECONDS,
             clear_untrusted_proxy_headers=True,
             ident=None,
+        )
+        self._server = _WSGIServer(
+            application,
+            _sock=self._socket,
+            dispatcher=self._answerers,
+            adj=settings,
+            sockinfo=(self._socket.family, self._socket.type, 0, self._socket.getsockname()),
+            bind_socket=False,
         )
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._thread.start()
@@ -161,7 +182,7 @@ class Server:
         with contextlib.suppress(OSError):  # it was awake, and has closed its own end already
             self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
         self._thread.join(SILENCE_SECONDS)
-        self._server.task_dispatcher.shutdown()
+        self._answerers.shutdown()
 
     def _run(self) -> None:
         """Do what waitress's own loop does, without asking every silent connection at each turn.
@@ -178,6 +199,102 @@ class Server:
                 # Waitress closes some by itself, also between two lines here.
                 with contextlib.suppress(OSError):
                     _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
+
+
+class _Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection that keeps its answers until they may leave."""
+
+    kept = 0  # answers that may not leave yet
+
+    def keep(self) -> None:
+        """Let nothing leave until one more answer is released."""
+        with self.outbuf_lock:
+            self.kept += 1
+
+    def release(self) -> None:
+        """Send what was kept, unless more is to be kept."""
+        with self.outbuf_lock:
+            if self.kept == 1:
+                self._flush_exception(super()._flush_some, do_close=False)
+            self.kept -= 1  # only now: from here on the server itself may send what is left
+
+    def drop(self) -> None:
+        """Close the connection; what was kept never leaves."""
+        self.will_close = True
+
+    def writable(self) -> Any:
+        """Tell whether the server has something to do here."""
+        return self.will_close or (not self.kept and super().writable())
+
+    def _flush_some(self, do_close: bool = True) -> bool:  # noqa: FBT001, FBT002 - waitress's
+        return not self.kept and super()._flush_some(do_close)
+
+
+class _WSGIServer(TcpWSGIServer):  # type: ignore[misc]
+    channel_class = _Channel
+
+    def pull_trigger(self) -> None:
+        """Do nothing: whoever answers wakes the server once for all that it has answered."""
+
+
+class _Answerers:
+    """The threads that answer requests, in place of waitress's own.
+
+    Each answers what waits, and only then lets the answers leave, once what they promise is on the
+    disk: requests that come together share one fsync, and few threads do for many.
+    """
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
+        self._waiting: queue.SimpleQueue[_Channel | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"answerer-{number}", daemon=True)
+            for number in range(THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add_task(self, channel: _Channel) -> None:
+        """Have the next request of a connection answered."""
+        self._waiting.put(channel)
+
+    def shutdown(self) -> None:
+        """End the threads, once they have answered what they were asked."""
+        self._waiting.put(None)
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while first := self._waiting.get():
+            kept: list[_Channel] = []
+            try:
+                self._answer(first, kept)
+                self._settle()
+            except BaseException as exc:
+                if not isinstance(exc, errors.JournalError):  # that was logged where it was seen
+                    log.exception("requests not answered")
+                for channel in kept:
+                    channel.drop()
+            else:
+                for channel in kept:
+                    channel.release()
+            first.server.trigger.pull_trigger()
+        self._waiting.put(None)  # for the next one
+
+    def _answer(self, channel: _Channel | None, kept: list[_Channel]) -> None:
+        """Answer one request and those that wait behind it, and keep the answers."""
+        while channel:
+            channel.keep()
+            kept.append(channel)
+            channel.service()
+            if len(kept) == MAX_KEPT:
+                return
+            try:
+                channel = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+        self._waiting.put(None)  # the service stops
 
 
 def _serve(sockets: dict[int, Any], silent: "select.epoll", *, until: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+import requests
 
 import app
 import config
@@ -88,7 +89,11 @@ def stop(service: app.Service) -> None:
 
 def accepted(service: InProcess) -> str:
     """Send a payload until it is accepted, or the journal is lost; return the id or ""."""
-    answer = service.post("/process", json={"data": 1})
+    try:
+        answer = service.post("/process", json={"data": 1})
+    except requests.ConnectionError:  # what an answer promised could no longer be kept
+        assert is_lost(service)
+        return ""
     if answer.status_code == 200:
         return str(answer.json()["id"])
     assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
@@ -138,7 +143,7 @@ def test_whichever_operation_fails_no_accepted_job_is_lost(
         has_failed, job_id = one_job(code, number, caplog)
         job_ids.append(job_id)
 
-    assert number > 15  # the operations of one job
+    assert number > 12  # the operations of one job
     posted = {event["data"]["id"] for event in events(receiver.requests)}
     assert posted == set(job_ids) - {""}
     assert job_ids[-1]
