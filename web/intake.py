@@ -244,14 +244,16 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def finite(digits: str) -> float:
+    """Return a number of JSON; refuse one beyond the range of a float."""
     number = float(digits)
     if math.isinf(number):
         raise errors.MalformedError(f"{_shown(digits)} is too large; send at most 1.79e308.")
     return number
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python takes for JSON."""
     raise errors.MalformedError(f"{name} is not JSON; send null or a string instead.")
 
 
@@ -268,6 +270,6 @@ def _shown(text: str) -> str:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_int=_integer,
-    parse_float=_float,
-    parse_constant=_refuse_constant,
+    parse_float=finite,
+    parse_constant=refuse_constant,
 )

@@ -19,6 +19,9 @@ from jobs import errors
 #: How far a timestamp may be off, in seconds, either way.
 TOLERANCE_SECONDS = 300
 
+#: The headers that a signature needs.
+HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
+
 _PREFIX = "whsec_"
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
