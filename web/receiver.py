@@ -129,17 +129,16 @@ def _serve(host: str, port: int, journal_path: Path, secrets: Sequence[str]) -> 
     journal.close()
 
 
-def _secrets(environment: Mapping[str, str]) -> list[str]:
+def _secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
+    path = environment.get("POSTBACK_SECRET_FILE")
     try:
-        path = environment.get("POSTBACK_SECRET_FILE")
         text = Path(path).read_text() if path else environment.get("POSTBACK_SECRET", "")
-        for secret in text.split():
-            signatures.check_secret(secret)
+        secrets = signatures.read_secrets(text)
     except (OSError, ValueError) as exc:
         raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
-    if path and not text.split():
+    if path and not secrets:
         raise errors.ConfigError([f"POSTBACK_SECRET_FILE={path!r}: the file holds no secret"])
-    return text.split()
+    return secrets
 
 
 def _check_event(body: bytes) -> None:
