@@ -26,12 +26,8 @@ MAX_DEPTH = 64
 #: Characters of an integer, its minus sign included: int() takes quadratic time on long ones.
 MAX_INTEGER_LENGTH = 40
 
-#: The headers that travel with the job, by the names they are kept under.
-FORWARDED = {
-    "traceparent": "HTTP_TRACEPARENT",
-    "tracestate": "HTTP_TRACESTATE",
-    "x-request-id": "HTTP_X_REQUEST_ID",
-}
+#: The headers that travel with the job.
+FORWARDED = ("traceparent", "tracestate", "x-request-id")
 
 # A quoted string that nobody closes ends with the header: that keeps the search linear.
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
@@ -221,11 +217,8 @@ def _idempotency_key(environ: Mapping[str, Any]) -> str | None:
 
 def _forwarded(environ: Mapping[str, Any]) -> dict[str, str]:
     """Keep what can be sent on as it is: no header that only traces a job refuses it."""
-    return {
-        name: environ[variable]
-        for name, variable in FORWARDED.items()
-        if _FORWARDABLE.fullmatch(environ.get(variable, ""))
-    }
+    given = {name: environ.get(f"HTTP_{name.upper().replace('-', '_')}", "") for name in FORWARDED}
+    return {name: value for name, value in given.items() if _FORWARDABLE.fullmatch(value)}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
