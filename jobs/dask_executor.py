@@ -16,6 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,7 @@ class DaskExecutor:
             _register(client, plugin.UploadFile, self._upload_path)
 
 
+@dataclass(slots=True)
 class _Run:
     """One job on its way through the cluster.
 
@@ -208,10 +210,9 @@ class _Run:
         stopped: Nobody waits for its ending.
     """
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.woken = threading.Event()
-        self.stopped = False
+    report: Report
+    woken: threading.Event = field(default_factory=threading.Event)
+    stopped: bool = False
 
     def wait(self) -> None:
         """Wait until something may have changed: look at it before, and again after."""

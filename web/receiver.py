@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,42 +35,41 @@ WAIT_SECONDS = 0.5
 MAX_DEPTH = 200
 
 
+@dataclass(frozen=True, slots=True)
 class Receiver:
-    """Takes postbacks in, each once."""
+    """Takes postbacks in, each once.
 
-    def __init__(
-        self,
-        journal: Journal,
-        *,
-        secrets: Sequence[str],
-        max_body_bytes: int,
-        show: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._journal = journal
-        self._secrets = secrets
-        self._max_body_bytes = max_body_bytes
-        self._show = show
+    Attributes:
+        secrets: With none, any postback is taken.
+        show: Is given a line for each postback.
+    """
+
+    journal: Journal
+    _: KW_ONLY
+    secrets: Sequence[str]
+    max_body_bytes: int
+    show: Callable[[str], None] = lambda _: None
 
     def receive(self) -> dict[str, str]:
         """Answer POST /postprocessed: verify, commit, answer."""
-        body = intake.read_body(bottle.request.environ, max_bytes=self._max_body_bytes)
+        body = intake.read_body(bottle.request.environ, max_bytes=self.max_body_bytes)
         headers = {name: bottle.request.headers.raw(name, "") for name in signatures.HEADERS}
         now = model.utc_now()
-        if self._secrets:
-            signatures.verify(self._secrets, headers, body, now=now)
+        if self.secrets:
+            signatures.verify(self.secrets, headers, body, now=now)
         _check_event(body)
         postback = Received(
             webhook_id=headers["webhook-id"] or hashlib.sha256(body).hexdigest(),
             received_at=now,
-            signature="good" if self._secrets else "none",
+            signature="good" if self.secrets else "none",
             body=body,
         )
-        if not self._journal.receive(postback):
+        if not self.journal.receive(postback):
             return {"status": "duplicate"}
         with contextlib.suppress(Exception):  # a closed terminal must not undo what is committed
             # By ascii(): what is shown must not steer the terminal.
             shown = ascii(body[:MAX_SHOWN].decode(errors="replace"))[1:-1]
-            self._show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
+            self.show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
         return {"status": "received"}
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -82,7 +82,7 @@ class Receiver:
                     "signature": postback.signature,
                     "event": json.loads(postback.body),
                 }
-                for postback in self._journal.received(limit=limit)
+                for postback in self.journal.received(limit=limit)
             ]
         }
 
