@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import environs
 
@@ -40,14 +39,14 @@ def duration(text: str) -> float:
     return _checked(seconds, 0 < seconds <= _MAX_SECONDS, "a duration such as 15s or 5m")
 
 
-def duration_or_none(text: str) -> float | None:
+def timeout(text: str) -> float | None:
     """Return the seconds of a text such as `15s`; None for `none`."""
     return None if text == "none" else duration(text)
 
 
 def durations(text: str) -> tuple[float, ...]:
     """Return the seconds of durations separated by spaces; none at all for `none`."""
-    return () if text == "none" else tuple(duration(word) for word in _words(text))
+    return () if text == "none" else tuple(map(duration, text.split()))
 
 
 def size(text: str) -> int:
@@ -74,14 +73,14 @@ def url(text: str) -> str:
     try:
         outbound.origin(text)
     except errors.ReceiverRefusedError as exc:
-        raise ValueError("an http or https URL such as http://127.0.0.1:8080/results") from exc
+        expected = "expected an http or https URL such as http://127.0.0.1:8080/results"
+        raise ValueError(expected) from exc
     return text
 
 
 def base_url(text: str) -> str:
     """Return an http or https URL that paths can be put behind."""
-    parts = urlsplit(url(text))
-    return _checked(text.rstrip("/"), not parts.query, "a URL without a query")
+    return _checked(url(text).rstrip("/"), "?" not in text, "a URL without a query")
 
 
 def word(text: str) -> str:
@@ -89,39 +88,19 @@ def word(text: str) -> str:
     return _checked(text, bool(re.fullmatch(r"[!-~]+", text)), "printable characters, no blanks")
 
 
-def secrets(text: str) -> tuple[str, ...]:
-    """Return signing secrets, separated by spaces."""
-    for secret in _words(text):
-        try:
-            signatures.check_secret(secret)
-        except ValueError as exc:
-            raise ValueError(str(exc).removeprefix("expected ")) from exc
-    return _words(text)
-
-
-def policy(text: str) -> outbound.Policy:
-    """Return which postback URLs of callers are allowed."""
-    try:
-        return outbound.Policy.of(text)
-    except ValueError as exc:
-        raise ValueError(f"origins such as https://example.com, or *: {exc}") from exc
-
-
 def headers(text: str) -> Mapping[str, str]:
     """Return the headers in a JSON object."""
-    expected = 'a JSON object of headers such as {"Authorization": "Bearer ..."}'
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(expected) from exc
-    _checked(value, isinstance(value, dict), expected)
-    fit = all(
+    except (ValueError, RecursionError):
+        value = None
+    fit = isinstance(value, dict) and all(
         _TOKEN.fullmatch(name) and isinstance(line, str) and _PRINTABLE.fullmatch(line)
         for name, line in value.items()
     )
+    _checked(value, fit, 'a JSON object of headers such as {"Authorization": "Bearer ..."}')
     reserved = [name for name in value if postback.RESERVED_HEADERS.fullmatch(name.lower())]
-    _checked(value, not reserved, f"headers other than {', '.join(reserved)}")
-    return dict(_checked(value, fit, expected))
+    return dict(_checked(value, not reserved, f"headers other than {', '.join(reserved)}"))
 
 
 def scheduler(text: str) -> str:
@@ -146,7 +125,7 @@ def choice(*words: str) -> Callable[[str], str]:
     return parse
 
 
-def _setting(
+def _env(
     parse: Callable[[str], Any], default: str | None, meaning: str, *, secret: bool = False
 ) -> Any:
     """Declare a field: how its text is read, what it is when unset, and its line in the help."""
@@ -158,59 +137,44 @@ def _setting(
 class Config:
     """Every setting. A field is its variable in lower case, plus the unit."""
 
-    host: str = _setting(word, "127.0.0.1", "address to listen on; 0.0.0.0 for every one")
-    port: int = _setting(port, "8080", "port to listen on; 0 for any free one")
-    public_url: str | None = _setting(
-        base_url, None, "how others reach the service; unset: its address"
-    )
-    api_token: str | None = _setting(
-        word, None, "token that callers must send; unset: none", secret=True
-    )
-    analysis: str = _setting(
-        word, "processing:analyze", "your function, as package.module:function"
-    )
-    executor: str = _setting(
+    host: str = _env(word, "127.0.0.1", "address to listen on; 0.0.0.0 for every one")
+    port: int = _env(port, "8080", "port to listen on; 0 for any free one")
+    public_url: str | None = _env(base_url, None, "how others reach it; unset: its address")
+    api_token: str | None = _env(word, None, "token that callers must send", secret=True)
+    analysis: str = _env(word, "processing:analyze", "your function, as package.module:function")
+    executor: str = _env(
         choice("thread", "process", "dask"), "thread", "where the analysis runs: or process, dask"
     )
-    workers: int | None = _setting(
-        count, None, "child processes of EXECUTOR=process; unset: as many as cores"
+    workers: int | None = _env(count, None, "child processes; unset: as many as cores")
+    dask_scheduler: str | None = _env(scheduler, None, "such as tcp://127.0.0.1:8786")
+    dask_upload: Path | None = _env(upload, None, "a .py, .zip or .egg file for the Dask workers")
+    job_timeout_seconds: float | None = _env(timeout, "none", "how long an analysis may take")
+    max_running: int = _env(count, "32", "analyses at once")
+    max_pending: int = _env(count, "10000", "jobs that may wait; past that the answer is 503")
+    max_body_bytes: int = _env(size, "1MiB", "largest payload")
+    journal_path: Path = _env(Path, "journal.db", "file of the journal")
+    retention_seconds: float = _env(duration, "24h", "how long an ended job is kept")
+    postback_url: str | None = _env(url, None, "where results go; unset: our own /postprocessed")
+    postback_allow: outbound.Policy = _env(
+        outbound.Policy.of, "", "origins a caller may name as postback_url; * for any public https"
     )
-    dask_scheduler: str | None = _setting(
-        scheduler, None, "for EXECUTOR=dask: such as tcp://127.0.0.1:8786"
+    postback_secret: tuple[str, ...] = _env(
+        signatures.read_secrets,
+        "",
+        "signs postbacks: whsec_...; several while rotating",
+        secret=True,
     )
-    dask_upload: Path | None = _setting(
-        upload, None, "a .py, .zip or .egg file for the Dask workers, such as your analysis"
-    )
-    job_timeout_seconds: float | None = _setting(
-        duration_or_none, "none", "how long an analysis may take"
-    )
-    max_running: int = _setting(count, "32", "analyses at once")
-    max_pending: int = _setting(count, "10000", "jobs that may wait; past that the answer is 503")
-    max_body_bytes: int = _setting(size, "1MiB", "largest payload")
-    journal_path: Path = _setting(Path, "journal.db", "file of the journal")
-    retention_seconds: float = _setting(duration, "24h", "how long an ended job is kept")
-    postback_url: str | None = _setting(
-        url, None, "where results are posted; unset: the built-in /postprocessed"
-    )
-    postback_allow: outbound.Policy = _setting(
-        policy, "", "origins a caller may name as postback_url; * for any public https"
-    )
-    postback_secret: tuple[str, ...] = _setting(
-        secrets, "", "signs postbacks: whsec_..., more than one while rotating", secret=True
-    )
-    postback_headers: Mapping[str, str] = _setting(
+    postback_headers: Mapping[str, str] = _env(
         headers, "{}", "sent with every postback, a JSON object", secret=True
     )
-    postback_timeout_seconds: float = _setting(duration, "15s", "wall clock of a whole attempt")
-    postback_schedule_seconds: tuple[float, ...] = _setting(
+    postback_timeout_seconds: float = _env(duration, "15s", "wall clock of a whole attempt")
+    postback_schedule_seconds: tuple[float, ...] = _env(
         durations, "2s 10s 1m 5m 30m 2h 6h", "waits between attempts; none for a single attempt"
     )
-    postback_max_bytes: int = _setting(
-        size, "1MiB", "a larger event is posted with a link in place of the result"
-    )
-    drain_seconds: float = _setting(duration, "25s", "how long a stop waits for what is under way")
-    log_level: str = _setting(choice("debug", "info", "warning", "error"), "info", "least level")
-    log_format: str = _setting(choice("text", "json"), "text", "text or json")
+    postback_max_bytes: int = _env(size, "1MiB", "a larger event has a link in place of the result")
+    drain_seconds: float = _env(duration, "25s", "how long a stop waits for what is under way")
+    log_level: str = _env(choice("debug", "info", "warning", "error"), "info", "least level")
+    log_format: str = _env(choice("text", "json"), "text", "text or json")
 
 
 def load() -> Config:
@@ -256,7 +220,7 @@ def _read(name: str, spec: Mapping[str, Any]) -> Any:
         return spec["parse"](text)
     except ValueError as exc:
         shown = "***" if spec["secret"] else repr(text)
-        raise ValueError(f"{name}={shown}: expected {exc}") from exc
+        raise ValueError(f"{name}={shown}: {exc}") from exc
 
 
 def _secret(name: str) -> str:
@@ -281,9 +245,5 @@ def _unknown(environment: Mapping[str, str]) -> Iterator[str]:
 
 def _checked(value: T, fit: bool, expected: str) -> T:  # noqa: FBT001 - reads as a sentence
     if not fit:
-        raise ValueError(expected)
+        raise ValueError(f"expected {expected}")
     return value
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())

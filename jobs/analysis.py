@@ -84,11 +84,10 @@ class _Reporter:
 
 def _takes_progress(analyze: Analyze) -> bool:
     try:
-        parameters = list(inspect.signature(analyze).parameters.values())
+        parameters = inspect.signature(analyze).parameters.values()
     except (TypeError, ValueError):  # some builtins have none
         return False
     positional = [
         one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
     ]
-    second = positional[1] if len(positional) > 1 else None
-    return second is not None and (second.default is second.empty or second.name == "progress")
+    return any(one.default is one.empty or one.name == "progress" for one in positional[1:2])

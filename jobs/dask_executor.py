@@ -16,6 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,9 @@ class DaskExecutor:
         self._url = scheduler_url
         self._upload_path = upload_path
         self._topic = f"postback-{secrets.token_hex(8)}"
-        self._changed = threading.Condition()  # guards what follows
+        self._closed = threading.Event()
         self._client: Any = None
         self._running: dict[str, _Run] = {}
-        self._closed = False
         self._failure: str | None = f"The Dask scheduler at {scheduler_url} has not answered yet."
         self._logged: bool | None = None  # whether the last line told of a connection
 
@@ -78,25 +78,20 @@ class DaskExecutor:
 
     def run(self, job_id: str, body: bytes, report: Report) -> model.Ending:
         """Return how the analysis of a payload ends on the cluster."""
-        run = _Run(report)
-        with self._changed:
-            self._running[job_id] = run
+        run = self._running[job_id] = _Run(report)
         try:
             while client := self._wait_for_client(run):
                 if ending := self._run_on(client, run, job_id, body):
                     return ending
             return model.canceled()  # it was stopped: nobody looks at this
         finally:
-            with self._changed:
-                del self._running[job_id]
+            del self._running[job_id]
 
     def stop(self, job_id: str) -> bool:
         """Give up a job: its thread is free at once; a worker that has begun it ends it in vain."""
-        with self._changed:
-            if run := self._running.get(job_id):
-                run.stopped = True
-                run.woken.set()
-                self._changed.notify_all()
+        if run := self._running.get(job_id):
+            run.stopped = True
+            run.woken.set()
         return True
 
     def failure(self) -> str | None:
@@ -105,11 +100,8 @@ class DaskExecutor:
 
     def close(self) -> None:
         """Give up all jobs, and disconnect."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            job_ids = list(self._running)
-        for job_id in job_ids:
+        self._closed.set()
+        for job_id in list(self._running):
             self.stop(job_id)
         self._keeper.join(CLOSE_SECONDS)
 
@@ -117,13 +109,12 @@ class DaskExecutor:
 
     def _wait_for_client(self, run: "_Run") -> Any:
         """Return the client as soon as it is connected; None once the job is stopped."""
-        with self._changed:
-            self._changed.wait_for(lambda: run.stopped or self._closed or self._is_connected())
-            run.woken.clear()
-            return None if run.stopped or self._closed else self._client
-
-    def _is_connected(self) -> bool:
-        return self._client is not None and self._client.status == "running"
+        while not (run.stopped or self._closed.is_set()):
+            client = self._client
+            if client is not None and client.status == "running":
+                return client
+            run.wait()
+        return None
 
     def _run_on(self, client: Any, run: "_Run", job_id: str, body: bytes) -> model.Ending | None:
         """Return how the analysis ends; None when the cluster was lost, or the job was stopped."""
@@ -135,7 +126,8 @@ class DaskExecutor:
                 pure=False,
             )
             future.add_done_callback(lambda _: run.woken.set())
-            run.woken.wait()
+            while client.status == "running" and not (run.stopped or future.done()):
+                run.wait()
             if client.status != "running":
                 return None
             if run.stopped:
@@ -153,23 +145,22 @@ class DaskExecutor:
 
     def _hear(self, event: tuple[float, tuple[str, float, str]]) -> None:
         _, (job_id, fraction, note) = event
-        with self._changed:
-            run = self._running.get(job_id)
-        if run:
+        if run := self._running.get(job_id):
             run.report(Progress(fraction=fraction, note=note, at=model.utc_now()))
 
     # The thread that keeps the connection
 
     def _keep_connected(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 client = self._connect()
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 self._tell(None, f"The Dask scheduler at {self._url} cannot be used: {exc}")
-                self._pause()
+                self._closed.wait(RETRY_SECONDS)
                 continue
             self._tell(client, None)
-            self._watch(client)
+            while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
+                pass
             self._tell(None, f"The Dask scheduler at {self._url} was lost.")
             _close(client)
 
@@ -188,25 +179,13 @@ class DaskExecutor:
         client._timeout = 0  # noqa: SLF001 - there is no other way
         return client
 
-    def _watch(self, client: Any) -> None:
-        """Return when the client has lost its scheduler, or the executor is closed."""
-        with self._changed:
-            while client.status == "running" and not self._closed:
-                self._changed.wait(LOOK_SECONDS)
-
-    def _pause(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed, timeout=RETRY_SECONDS)
-
     def _tell(self, client: Any, failure: str | None) -> None:
         """Let all know of a change, and log it if it is one."""
-        with self._changed:
-            self._client, self._failure = client, failure
-            for run in self._running.values():
-                run.woken.set()
-            self._changed.notify_all()
-            is_news = self._logged is not (failure is None) and not self._closed
-            self._logged = failure is None
+        self._client, self._failure = client, failure
+        for run in list(self._running.values()):
+            run.woken.set()
+        is_news = self._logged is not (failure is None) and not self._closed.is_set()
+        self._logged = failure is None
         if is_news and failure:
             log.warning("cluster away", extra={"error": failure})
         elif is_news:
@@ -222,6 +201,7 @@ class DaskExecutor:
             _register(client, plugin.UploadFile, self._upload_path)
 
 
+@dataclass(slots=True)
 class _Run:
     """One job on its way through the cluster.
 
@@ -230,10 +210,14 @@ class _Run:
         stopped: Nobody waits for its ending.
     """
 
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.woken = threading.Event()
-        self.stopped = False
+    report: Report
+    woken: threading.Event = field(default_factory=threading.Event)
+    stopped: bool = False
+
+    def wait(self) -> None:
+        """Wait until something may have changed: look at it before, and again after."""
+        self.woken.wait()
+        self.woken.clear()
 
 
 def analyze_on_worker(  # pragma: no cover - on the workers runs the copy that was uploaded

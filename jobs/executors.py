@@ -10,12 +10,11 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
 from typing import Protocol
 
 from jobs import analysis, errors, model
@@ -221,8 +220,8 @@ class _Worker:
     """A child process and the connection to it; one thread at a time talks to it."""
 
     def __init__(self, load: Load, name: str) -> None:
-        here, there = socket.socketpair()
-        with here, there:
+        self._connection, there = Pipe()
+        with there:
             numbers = map(str, (there.fileno(), os.getpid()))
             self._process = subprocess.Popen(  # noqa: S603 - our own
                 [sys.executable, "-P", "-c", _BOOT, *numbers, *sys.path],
@@ -230,7 +229,6 @@ class _Worker:
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is not for it
             )
-            self._connection = Connection(here.detach())
         self._killed = False
         self._problems: Sequence[str] | None = None
         with contextlib.suppress(OSError):  # it has ended already, and whoever takes it will see

@@ -4,6 +4,7 @@ It is started by `ProcessExecutor` as a Python of its own, which imports this, t
 nothing else of the service: no journal, no lock, no server.
 """
 
+import ctypes
 import functools
 import os
 import signal
@@ -51,8 +52,6 @@ def serve(descriptor: int, parent_pid: int) -> None:
 def _die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when the service ends, even by kill -9."""
     if sys.platform == "linux":  # pragma: no branch
-        import ctypes  # noqa: PLC0415 - needed here alone
-
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it had ended before
         os._exit(1)

@@ -24,7 +24,7 @@ OWNERS = {
     "fcntl": {"jobs/storage.py"},
     "distributed": {"jobs/dask_executor.py"},
     "signal": {"app.py", "jobs/executors.py", "jobs/worker.py", "web/demo.py", "web/receiver.py"},
-    "socket": {"jobs/executors.py", "web/outbound.py", "web/server.py"},
+    "socket": {"web/outbound.py", "web/server.py"},
     "sqlite3": {"jobs/journal.py", "jobs/storage.py"},
     "subprocess": {"jobs/executors.py", "web/demo.py"},
 }

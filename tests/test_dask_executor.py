@@ -99,6 +99,20 @@ def test_cancel_and_job_timeout_end_a_job_though_its_worker_goes_on(
     assert len(receiver.requests) == 2
 
 
+def test_a_job_that_was_woken_for_nothing_can_still_be_stopped(cluster, serve, tmp_path):
+    service = serve(cluster, "meet")
+    payload, here, there = meeting(tmp_path)
+    job_id = service.process(payload)
+    poll(here.exists, "it runs")
+    service.service._executor._running[job_id].woken.set()
+
+    service.post(f"/jobs/{job_id}/cancel")
+    poll(lambda: not service.service.runner.outlived, "the thread's end", timeout=2)
+    there.touch()
+
+    assert service.wait_for(job_id)["outcome"] == "canceled"
+
+
 def test_jobs_of_a_killed_service_are_delivered_by_its_next_start(
     cluster, start_process, receiver, tmp_path
 ):

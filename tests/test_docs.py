@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,10 +23,8 @@ from web import server, signatures
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-#: Where the README's service and receiver listen; each test has ports of its own.
-SERVICE, RECEIVER_PORT = "127.0.0.1:8080", "8081"
-
-SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+#: Where the README's service listens; each test has a port of its own.
+SERVICE = "127.0.0.1:8080"
 
 
 def table(first: str) -> list[list[str]]:
@@ -83,19 +80,6 @@ def shell(command: str, env: dict[str, str]):
         child.communicate(timeout=20)
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])
-
-
-def answers(port: str) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", int(port)), 1).close()
-    except OSError:
-        return False
-    return True
-
-
 # Tables
 
 
@@ -131,14 +115,15 @@ def test_the_routes_are_those_of_the_service():
 
     served = [f"{route.method} {route.rule}" for route in api.application().routes]
 
-    assert column("route") == served
+    assert [route for row in table("route") for route in re.findall("`(.+?)`", row[0])] == served
 
 
 def test_the_answers_of_process_are_those_of_the_code():
     of_jobs = {404, 409}
     of_errors = set(server.STATUS_CODES.values()) - of_jobs
 
-    assert [int(code) for code in column("answer")] == sorted({200, 202, 405} | of_errors)
+    written = [int(code) for code in re.findall(r"\*\*(\d+)\*\*:", README)]
+    assert written == sorted({200, 202, 405} | of_errors)
 
 
 def test_the_schedule_is_the_default_with_its_sums():
@@ -155,7 +140,8 @@ def test_the_verbs_are_those_of_run():
         ["sh", "run", "help"], check=True, cwd=ROOT, capture_output=True, text=True
     )
 
-    assert column("verb") == re.findall(r"^  (\w+) ", helped.stdout, re.MULTILINE)
+    written = README.partition("The verbs of `./run`:")[2].partition("\n\n")[0]
+    assert re.findall(r"`(\w+)", written) == re.findall(r"^  (\w+) ", helped.stdout, re.MULTILINE)
 
 
 def test_every_file_of_the_product_is_in_the_layout():
@@ -166,9 +152,12 @@ def test_every_file_of_the_product_is_in_the_layout():
     assert listed == product
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "CHANGELOG.md"])
-def test_every_link_inside_the_checkout_leads_somewhere(name):
-    path = ROOT / name
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")],
+    ids=lambda path: path.name,
+)
+def test_every_link_inside_the_checkout_leads_somewhere(path):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
 
     assert [link for link in links if not (path.parent / link).exists()] == []
@@ -284,46 +273,4 @@ def test_the_printed_secret_is_fit_to_sign_with():
 
     printed = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
 
-    signatures.check_secret(printed.stdout.strip())
-
-
-# The receiver of the reader
-
-
-@pytest.fixture
-def own_receiver(tmp_path):
-    """The README's receiver as a process of its own; yields it and its URL."""
-    port = free_port()
-    path = tmp_path / "receiver.py"
-    path.write_text(snippet("receiver.py").replace(RECEIVER_PORT, port), encoding="utf-8")
-    with shell(f"{sys.executable} {path}", {"POSTBACK_SECRET": SECRET}) as child:
-        poll(lambda: answers(port), "the receiver listens")
-        yield child, f"http://127.0.0.1:{port}/results"
-
-
-@pytest.mark.service
-def test_the_receiver_of_the_readme_takes_each_event_once(own_receiver, start):
-    child, url = own_receiver
-    service = start(POSTBACK_URL=url, POSTBACK_SECRET=SECRET)
-
-    first = service.process({"data": 1})
-    service.wait_for(first)
-    service.post(f"/jobs/{first}/resend")
-    poll(lambda: len(service.job(first)["attempts"]) == 2, "the resend")
-    service.wait_for(service.process({"data": 2}))
-    lines = [child.stdout.readline() for _ in range(2)]
-
-    assert [("'value': 1" in line, "'value': 2" in line) for line in lines] == [
-        (True, False),
-        (False, True),
-    ]
-
-
-@pytest.mark.service
-@pytest.mark.parametrize("headers", [{}, {"webhook-id": "1", "webhook-signature": "ÿ,;"}])
-def test_the_receiver_of_the_readme_refuses_what_is_not_signed(own_receiver, headers):
-    _, url = own_receiver
-
-    answer = requests.post(url, data=b"{}", headers=headers, timeout=10)
-
-    assert answer.status_code == 401
+    assert len(signatures.read_secrets(printed.stdout)) == 1

@@ -270,7 +270,7 @@ def test_a_secret_in_a_file_is_verified_by_a_receiver_alone(tmp_path):
 
     secrets = receiver_module._secrets({"POSTBACK_SECRET_FILE": str(path)})
 
-    assert secrets == [SECRET, OTHER]
+    assert secrets == (SECRET, OTHER)
 
 
 @pytest.mark.parametrize("text", [None, "", "changeme"])

@@ -490,10 +490,14 @@ def test_the_demo_shows_the_answer_and_the_start_of_the_event(service, capsys):
     ("route", "answer", "message"),
     [
         ("POST /process", (503, {"detail": "It is full."}), "answered 503.*It is full"),
-        ("GET /postprocessed", (200, {"received": [RECEIPT | {"signature": "none"}]}), "got none,"),
-        (f"GET /jobs/{JOB_ID}", (200, {"state": "undelivered"}), "got good, .*undelivered"),
+        ("GET /postprocessed", (200, {"received": [RECEIPT | {"signature": "none"}]}), "Expected"),
+        (
+            "GET /postprocessed",
+            (200, {"received": [RECEIPT | {"event": {"type": "job.failed"}}]}),
+            "Expected",
+        ),
     ],
-    ids=["refused", "unsigned", "undelivered"],
+    ids=["refused", "unsigned", "failed"],
 )
 def test_a_loop_that_is_not_whole_fails_the_demo(service, route, answer, message):
     service.answers[route] = answer
@@ -502,33 +506,29 @@ def test_a_loop_that_is_not_whole_fails_the_demo(service, route, answer, message
         demo.show_loop(service.url, b'{"data": 1}')
 
 
+def test_a_job_that_is_never_delivered_fails_the_demo_in_time(service):
+    service.answers[f"GET /jobs/{JOB_ID}"] = 200, {"state": "delivering"}
+
+    with pytest.raises(SystemExit, match=r"The job is still delivering after 0\.02 s"):
+        demo.wait_for_delivery(f"{service.url}/jobs/{JOB_ID}", seconds=0.02)
+
+
 def test_a_service_that_does_not_answer_fails_the_demo():
     with pytest.raises(SystemExit, match="gave no answer"):
         demo.call("http://127.0.0.1:1/process", b"{}")
 
 
-def test_what_is_not_there_yet_is_looked_for_again():
-    looks = iter([None, None, "here"])
-
-    assert demo.wait_for("It", lambda: next(looks)) == "here"
-
-
-def test_what_never_comes_fails_the_demo_in_time():
-    with pytest.raises(SystemExit, match=r"The postback did not come within 0\.02 s"):
-        demo.wait_for("The postback", lambda: None, seconds=0.02)
-
-
 def test_the_address_is_what_the_service_prints():
-    with demo.running([sys.executable, "-c", LISTENER, "http://127.0.0.1:8", "0"]) as url:
+    with demo.running([sys.executable, "-c", LISTENER, "http://127.0.0.1:8", "0"], {}) as url:
         assert url == "http://127.0.0.1:8"
 
 
-def test_a_service_that_does_not_start_fails_the_demo_and_its_log_is_shown(capfd):
+def test_a_service_that_does_not_start_fails_the_demo_with_its_reason(capfd):
     command = [sys.executable, "-c", "import sys; sys.exit('PORT is wrong')"]
 
     with (
         pytest.raises(SystemExit, match="ended with status 1 before it listened"),
-        demo.running(command),
+        demo.running(command, {}),
     ):
         pytest.fail("it must not be reached")
 
@@ -538,14 +538,16 @@ def test_a_service_that_does_not_start_fails_the_demo_and_its_log_is_shown(capfd
 def test_a_service_that_does_not_end_well_fails_the_demo():
     command = [sys.executable, "-c", LISTENER, "http://127.0.0.1:8", "75"]
 
-    with pytest.raises(SystemExit, match="ended with status 75"), demo.running(command):
+    with pytest.raises(SystemExit, match="ended with status 75"), demo.running(command, {}):
         pass
 
 
 def test_a_service_that_does_not_obey_is_killed():
     obstinate = "import signal; signal.signal(15, signal.SIG_IGN); print('on'); signal.pause()"
 
-    with subprocess.Popen([sys.executable, "-uc", obstinate], stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-uc", obstinate], stdout=subprocess.PIPE, text=True
+    ) as child:
         child.stdout.readline()
         status = demo.stop(child, seconds=0.05)
 
@@ -557,12 +559,9 @@ def test_the_service_gets_no_setting_that_sends_it_elsewhere(tmp_path, monkeypat
     monkeypatch.setenv("API_TOKEN_FILE", "/secret")
     monkeypatch.setenv("PORT", "80")
     monkeypatch.setenv("EXECUTOR", "process")
-    show = "import json, os; print(json.dumps(dict(os.environ)))"
 
-    child = demo.start([sys.executable, "-c", show], tmp_path, tmp_path / "log")
-    child.wait(10)
+    env = demo.environment(tmp_path, {})
 
-    env = json.loads((tmp_path / "log").read_text())
     assert env["EXECUTOR"] == "process"
     assert env["PORT"] == "0"
     assert "POSTBACK_URL" not in env

@@ -26,12 +26,8 @@ MAX_DEPTH = 64
 #: Characters of an integer, its minus sign included: int() takes quadratic time on long ones.
 MAX_INTEGER_LENGTH = 40
 
-#: The headers that travel with the job, by the names they are kept under.
-FORWARDED = {
-    "traceparent": "HTTP_TRACEPARENT",
-    "tracestate": "HTTP_TRACESTATE",
-    "x-request-id": "HTTP_X_REQUEST_ID",
-}
+#: The headers that travel with the job.
+FORWARDED = ("traceparent", "tracestate", "x-request-id")
 
 # A quoted string that nobody closes ends with the header: that keeps the search linear.
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
@@ -221,11 +217,8 @@ def _idempotency_key(environ: Mapping[str, Any]) -> str | None:
 
 def _forwarded(environ: Mapping[str, Any]) -> dict[str, str]:
     """Keep what can be sent on as it is: no header that only traces a job refuses it."""
-    return {
-        name: environ[variable]
-        for name, variable in FORWARDED.items()
-        if _FORWARDABLE.fullmatch(environ.get(variable, ""))
-    }
+    given = {name: environ.get(f"HTTP_{name.upper().replace('-', '_')}", "") for name in FORWARDED}
+    return {name: value for name, value in given.items() if _FORWARDABLE.fullmatch(value)}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -244,14 +237,16 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def finite(digits: str) -> float:
+    """Return a number of JSON; refuse one beyond the range of a float."""
     number = float(digits)
     if math.isinf(number):
         raise errors.MalformedError(f"{_shown(digits)} is too large; send at most 1.79e308.")
     return number
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python takes for JSON."""
     raise errors.MalformedError(f"{name} is not JSON; send null or a string instead.")
 
 
@@ -268,6 +263,6 @@ def _shown(text: str) -> str:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object,
     parse_int=_integer,
-    parse_float=_float,
-    parse_constant=_refuse_constant,
+    parse_float=finite,
+    parse_constant=refuse_constant,
 )

@@ -7,15 +7,14 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import bottle
 
@@ -26,6 +25,9 @@ from web import intake, logs, server, signatures
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
 
+#: The largest event that a receiver alone takes: as large as a result may be.
+MAX_BODY_BYTES = 64 * 1024 * 1024
+
 #: A signal is seen after this many seconds at the latest.
 WAIT_SECONDS = 0.5
 
@@ -33,45 +35,41 @@ WAIT_SECONDS = 0.5
 MAX_DEPTH = 200
 
 
+@dataclass(frozen=True, slots=True)
 class Receiver:
-    """Takes postbacks in, each once."""
+    """Takes postbacks in, each once.
 
-    def __init__(
-        self,
-        journal: Journal,
-        *,
-        secrets: Sequence[str],
-        max_body_bytes: int,
-        show: Callable[[str], None] = lambda _: None,
-        clock: Callable[[], datetime] = model.utc_now,
-    ) -> None:
-        self._journal = journal
-        self._secrets = secrets
-        self._max_body_bytes = max_body_bytes
-        self._show = show
-        self._clock = clock
+    Attributes:
+        secrets: With none, any postback is taken.
+        show: Is given a line for each postback.
+    """
+
+    journal: Journal
+    _: KW_ONLY
+    secrets: Sequence[str]
+    max_body_bytes: int
+    show: Callable[[str], None] = lambda _: None
 
     def receive(self) -> dict[str, str]:
         """Answer POST /postprocessed: verify, commit, answer."""
-        environ = bottle.request.environ
-        body = intake.read_body(environ, max_bytes=self._max_body_bytes)
-        headers = _webhook_headers(environ)
-        now = self._clock()
-        if self._secrets:
-            signatures.verify(self._secrets, headers, body, now=now)
+        body = intake.read_body(bottle.request.environ, max_bytes=self.max_body_bytes)
+        headers = {name: bottle.request.headers.raw(name, "") for name in signatures.HEADERS}
+        now = model.utc_now()
+        if self.secrets:
+            signatures.verify(self.secrets, headers, body, now=now)
         _check_event(body)
         postback = Received(
-            webhook_id=headers.get("webhook-id") or hashlib.sha256(body).hexdigest(),
+            webhook_id=headers["webhook-id"] or hashlib.sha256(body).hexdigest(),
             received_at=now,
-            signature="good" if self._secrets else "none",
+            signature="good" if self.secrets else "none",
             body=body,
         )
-        if not self._journal.receive(postback):
+        if not self.journal.receive(postback):
             return {"status": "duplicate"}
         with contextlib.suppress(Exception):  # a closed terminal must not undo what is committed
             # By ascii(): what is shown must not steer the terminal.
             shown = ascii(body[:MAX_SHOWN].decode(errors="replace"))[1:-1]
-            self._show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
+            self.show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
         return {"status": "received"}
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -84,49 +82,13 @@ class Receiver:
                     "signature": postback.signature,
                     "event": json.loads(postback.body),
                 }
-                for postback in self._journal.received(limit=limit)
+                for postback in self.journal.received(limit=limit)
             ]
         }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run a receiver alone, until it is told to stop."""
-    options = _options(arguments)
-    logs.configure("info", "text")
-    try:
-        _serve(options, _secrets(os.environ))
-    except errors.ConfigError as exc:
-        sys.exit(f"{exc}")
-
-
-def _serve(options: argparse.Namespace, secrets: Sequence[str]) -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    journal = Journal(options.journal, on_lost=lambda: os._exit(74))
-    journal.open()
-    listening = server.Server(
-        host=options.host, port=options.port, max_body_bytes=options.max_body_bytes
-    )
-    receiver = Receiver(
-        journal,
-        secrets=secrets,
-        max_body_bytes=options.max_body_bytes,
-        show=lambda text: print(text, flush=True),
-    )
-    application = server.Application()
-    application.serve("POST", "/postprocessed", receiver.receive)
-    application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
-    listening.start(application, settle=journal.settle)
-    url = f"http://{options.host}:{listening.port}/postprocessed"
-    print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
-    while not stop.wait(WAIT_SECONDS):
-        pass  # a signal that reaches another thread is seen only when this one runs
-    listening.stop()
-    journal.close()
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m web.receiver",
         description="Receive postbacks and print them. POSTBACK_SECRET, when set, is verified.",
@@ -134,53 +96,63 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8081, help="0 for any that is free")
     parser.add_argument("--journal", type=Path, default=Path("received.db"))
-    parser.add_argument("--max-body-bytes", type=int, default=64 * 1024 * 1024)
-    return parser.parse_args(arguments)
-
-
-def _secrets(environment: Mapping[str, str]) -> list[str]:
+    options = parser.parse_args()
+    logs.configure("info", "text")
     try:
-        path = environment.get("POSTBACK_SECRET_FILE")
+        _serve(options.host, options.port, options.journal, _secrets(os.environ))
+    except errors.ConfigError as exc:
+        sys.exit(f"{exc}")
+
+
+def _serve(host: str, port: int, journal_path: Path, secrets: Sequence[str]) -> None:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    journal = Journal(journal_path, on_lost=lambda: os._exit(74))
+    journal.open()
+    receiver = Receiver(
+        journal,
+        secrets=secrets,
+        max_body_bytes=MAX_BODY_BYTES,
+        show=lambda text: print(text, flush=True),
+    )
+    application = server.Application()
+    application.serve("POST", "/postprocessed", receiver.receive)
+    application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
+    listening = server.Server(host=host, port=port, max_body_bytes=MAX_BODY_BYTES)
+    listening.start(application, settle=journal.settle)
+    url = f"http://{host}:{listening.port}/postprocessed"
+    print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
+    while not stop.wait(WAIT_SECONDS):
+        pass  # a signal that reaches another thread is seen only when this one runs
+    listening.stop()
+    journal.close()
+
+
+def _secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
+    path = environment.get("POSTBACK_SECRET_FILE")
+    try:
         text = Path(path).read_text() if path else environment.get("POSTBACK_SECRET", "")
-        for secret in text.split():
-            signatures.check_secret(secret)
+        secrets = signatures.read_secrets(text)
     except (OSError, ValueError) as exc:
         raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
-    if path and not text.split():
+    if path and not secrets:
         raise errors.ConfigError([f"POSTBACK_SECRET_FILE={path!r}: the file holds no secret"])
-    return text.split()
+    return secrets
 
 
 def _check_event(body: bytes) -> None:
     # Not as strict as for callers: what a sender's analysis returns is not ours to judge.
     try:
-        event = json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        event = json.loads(
+            body.decode(), parse_constant=intake.refuse_constant, parse_float=intake.finite
+        )
     except (ValueError, RecursionError) as exc:
         raise errors.MalformedError(f"The event is not JSON in UTF-8: {exc}.") from exc
     if not isinstance(event, dict):
         raise errors.MalformedError("The event is not a JSON object.")
     if model.depth_of(event) > MAX_DEPTH:
         raise errors.MalformedError(f"The event is nested deeper than {MAX_DEPTH} levels.")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        _refuse_constant(digits[:64])
-    return number
-
-
-def _webhook_headers(environ: Mapping[str, Any]) -> dict[str, str]:
-    prefix = "HTTP_WEBHOOK_"
-    return {
-        f"webhook-{name.removeprefix(prefix).lower()}": value
-        for name, value in environ.items()
-        if name.startswith(prefix)
-    }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ only its HMAC is used.
 """
 
 import base64
-import binascii
 import hmac
 import re
 from collections.abc import Mapping, Sequence
@@ -19,29 +18,30 @@ from jobs import errors
 #: How far a timestamp may be off, in seconds, either way.
 TOLERANCE_SECONDS = 300
 
+#: The headers that a signature needs.
+HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
+
 _PREFIX = "whsec_"
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
-def check_secret(text: str) -> None:
-    """Accept a secret that is fit to sign with.
+def read_secrets(text: str) -> tuple[str, ...]:
+    """Return the secrets of a text, separated by blanks, each fit to sign with.
 
     Raises:
-        ValueError: It is not; the message says what would be right and keeps the secret to itself.
+        ValueError: One is not; the message says what would be right and keeps it to itself.
     """
-    try:
-        key_bytes = len(base64.b64decode(text.removeprefix(_PREFIX), validate=True))
-    except (binascii.Error, ValueError):
-        key_bytes = 0
-    if not text.startswith(_PREFIX) or not 24 <= key_bytes <= 64:
+    secrets = tuple(text.split())
+    if not all(map(_is_fit, secrets)):
         raise ValueError("expected whsec_ followed by the base64 of 24 to 64 random bytes")
+    return secrets
 
 
 def sign(secrets: Sequence[str], *, webhook_id: str, timestamp: datetime, body: bytes) -> str:
     """Return the value of `webhook-signature`: one signature for each secret.
 
     Args:
-        secrets: What `check_secret` accepts; more than one while they are rotated.
+        secrets: As `read_secrets` returns them; more than one while they are rotated.
         webhook_id: Contains no ".".
         timestamp: An aware instant; whole seconds of it are signed.
         body: What is sent, byte for byte.
@@ -73,6 +73,14 @@ def verify(
     expected = [_signature(secret, webhook_id, seconds, body).encode() for secret in secrets]
     if not any(_matches(one, expected) for one in given.split(" ")):
         raise errors.UnauthorizedError("webhook-signature does not fit the body and the secret.")
+
+
+def _is_fit(secret: str) -> bool:
+    try:
+        key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
+    except ValueError:
+        return False
+    return secret.startswith(_PREFIX) and 24 <= len(key) <= 64
 
 
 def _fresh(seconds: str, now: datetime) -> str:
