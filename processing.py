@@ -13,7 +13,7 @@ import statistics
 import string
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -35,11 +35,11 @@ FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "max": operator.itemgetter(-1),
 }
 
-#: Fields described of one object, or of records; the others are only counted.
-MAX_FIELDS = 100
+#: Fields described in one result, over all levels; the others are only counted.
+MAX_FIELDS = 200
 
-#: Levels of fields and items described: these two limits keep the result small.
-MAX_LEVELS = 2
+#: Levels of fields and items described in one result.
+MAX_LEVELS = 8
 
 #: Values, or words, in a list of the most frequent ones.
 MAX_FREQUENT = 10
@@ -74,20 +74,26 @@ def analyze(data: Any) -> Profile:
       `items` together; for anything else, the `most_frequent` strings, numbers and booleans.
 
     A figure is null where there is none (the standard deviation of one number), or where computing
-    it leaves the range of a float.
+    it leaves the range of a float. The result stays small, however large the data.
     """
-    return _profile(data, MAX_LEVELS)
+    return _profile(data, itertools.repeat(None, MAX_FIELDS), MAX_LEVELS)
 
 
-def _profile(value: Any, levels: int) -> Profile:
-    """Describe one value, and so many levels below it."""
+def _profile(value: Any, room: Iterator[None], levels: int) -> Profile:
+    """Describe one value.
+
+    Args:
+        value: Any JSON value.
+        room: Yields once for each field that may still be described, at this level or another.
+        levels: How many levels may be described below this value.
+    """
     match value:
         case str():
             facts = _text(value)
         case list():
-            facts = _column(value, levels)
+            facts = _column(value, room, levels)
         case dict():
-            facts = _fields(value, lambda inner: _profile(inner, levels - 1), levels)
+            facts = _fields(value, lambda inner: _profile(inner, room, levels - 1), room, levels)
         case _:
             facts = {"value": value}
     return {"type": TYPES[type(value)], **facts}
@@ -105,7 +111,7 @@ def _text(text: str) -> Profile:
     }
 
 
-def _column(values: list[Any], levels: int, *, absent: int = 0) -> Profile:
+def _column(values: list[Any], room: Iterator[None], levels: int, *, absent: int = 0) -> Profile:
     """Describe many values together: the items of an array, or one field of all records."""
     present = [value for value in values if value is not None]
     types = Counter(TYPES[type(value)] for value in present)
@@ -113,39 +119,46 @@ def _column(values: list[Any], levels: int, *, absent: int = 0) -> Profile:
         "count": len(present),
         "types": dict(types),
         "missing": absent + len(values) - len(present),
-        **_facts(present, set(types), levels),
+        **_facts(present, set(types), room, levels),
     }
 
 
-def _facts(values: list[Any], types: set[str], levels: int) -> Profile:
+def _facts(values: list[Any], types: set[str], room: Iterator[None], levels: int) -> Profile:
     """Return what is worth knowing of values of these types, none of them null."""
     if types == {"number"}:
         return _numbers(values)
     if types == {"object"}:
-        return _records(values, levels)
+        return _records(values, room, levels)
     if types == {"array"} and levels:
-        return {"items": _column(list(itertools.chain.from_iterable(values)), levels - 1)}
+        items = list(itertools.chain.from_iterable(values))
+        return {"items": _column(items, room, levels - 1)}
     scalars = (value for value in values if not isinstance(value, list | dict))
     return {"most_frequent": _most_frequent(scalars)}
 
 
-def _records(records: list[dict[str, Any]], levels: int) -> Profile:
+def _records(records: list[dict[str, Any]], room: Iterator[None], levels: int) -> Profile:
     """Describe records field by field."""
     columns = defaultdict(list)
     for name, value in itertools.chain.from_iterable(record.items() for record in records):
         columns[name].append(value)
 
     def describe(values: list[Any]) -> Profile:
-        return _column(values, levels - 1, absent=len(records) - len(values))
+        return _column(values, room, levels - 1, absent=len(records) - len(values))
 
-    return _fields(columns, describe, levels)
+    return _fields(columns, describe, room, levels)
 
 
-def _fields(fields: Mapping[str, Any], describe: Callable[[Any], Profile], levels: int) -> Profile:
-    shown = dict(itertools.islice(fields.items(), MAX_FIELDS if levels else 0))
+def _fields(
+    fields: Mapping[str, Any],
+    describe: Callable[[Any], Profile],
+    room: Iterator[None],
+    levels: int,
+) -> Profile:
+    """Describe as many fields as there is room for, this level's before those within them."""
+    names = [name for name, _ in zip(fields, room, strict=False)] if levels else []
     return {
-        "fields": {name: describe(value) for name, value in shown.items()},
-        "fields_left_out": len(fields) - len(shown),
+        "fields": {name: describe(fields[name]) for name in names},
+        "fields_left_out": len(fields) - len(names),
     }
 
 

@@ -307,6 +307,16 @@ def test_fields_beyond_the_limit_are_counted_and_left_out(wrap):
 
     assert [*profile["fields"]] == [*fields][: processing.MAX_FIELDS]
     assert profile["fields_left_out"] == 5
+    assert profile["fields"]["f0"]["fields_left_out"] == 1
+
+
+def test_an_outer_field_is_not_left_out_for_an_inner_one():
+    inner = {f"f{number}": 1 for number in range(processing.MAX_FIELDS)}
+
+    profile = processing.analyze({"first": inner, "last": 7})
+
+    assert profile["fields"]["last"]["value"] == 7
+    assert profile["fields"]["first"]["fields_left_out"] == 2
 
 
 @pytest.mark.parametrize("levels", [1, 64, 450])
