@@ -1,6 +1,7 @@
 """What each executor costs, and how fast the 200 is while four analyses keep the processor busy.
 
-`./run bench` prints two Markdown tables. Everything runs on loopback, in about a minute and a half.
+`./run bench executors` prints two Markdown tables. Everything runs on loopback, in about a minute
+and a half.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "bench" / ".venv" / "bin" / "python"
 sys.path.insert(0, str(ROOT))
 
 import processing  # noqa: E402
@@ -171,7 +173,7 @@ def postback(executor: str, *, switch_seconds: float = SWITCH_SECONDS) -> Iterat
 
 @contextmanager
 def fastapi() -> Iterator[int]:
-    command = [sys.executable, "-m", "uvicorn", "bench.fastapi_app:app", "--log-level", "warning"]
+    command = [str(PEERS), "-m", "uvicorn", "bench.fastapi_app:app", "--log-level", "warning"]
     with serving(command, {}, "--port") as port:
         yield port
 
