@@ -30,6 +30,10 @@ TICK = 0.02
 
 LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
 NUMBER = re.compile(rb'"n": *([0-9]{7})')
+#: Head and body are mostly sent apart. The kernel is asked to wake us once for a head and so many
+#: bytes of the body: fewer than any body has.
+LEAST_BODY = 10
+
 THANKS = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -99,6 +103,7 @@ class Bench:
         self.receiver_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/results"
         self._callers: list[Caller] = []
         self._next = FIRST
+        self.least_bytes = 1
         self._prepare(Load(clients=0), 0)
 
     def close(self) -> None:
@@ -275,6 +280,12 @@ class Bench:
         if select.select([self._epoll.fileno()], [], [], seconds)[0]:
             self._turn(0)
 
+    def expect(self, least_bytes: int) -> None:
+        """Let new connections wake us when so much has come: they inherit it."""
+        if least_bytes != self.least_bytes:
+            self.least_bytes = least_bytes
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least_bytes)
+
     def _accept(self) -> None:
         try:
             while True:
@@ -286,12 +297,13 @@ class Bench:
 class Caller:
     """One connection to the system; kept, unless the system closes it."""
 
-    __slots__ = ("_bench", "_bytes", "_number", "_port", "_sock", "_unsent")
+    __slots__ = ("_bench", "_bytes", "_least_bytes", "_number", "_port", "_sock", "_unsent")
 
     def __init__(self, bench: Bench, port: int) -> None:
         self._bench = bench
         self._port = port
         self._sock: socket.socket | None = None
+        self._least_bytes = 1
         self._bytes = self._unsent = b""
         self._number = 0  # 0: nothing is asked
 
@@ -312,6 +324,7 @@ class Caller:
 
     def _connect(self) -> None:
         self._sock = socket.socket()
+        self._least_bytes = 1
         self._sock.settimeout(0)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = self._sock.connect_ex(("127.0.0.1", self._port))
@@ -346,13 +359,16 @@ class Caller:
             self._ended()
             return
         data = self._bytes + data
-        end = _end_of_message(data)
-        if not end:
+        head_bytes = _head_of_whole(data)
+        if not head_bytes:
             self._bytes = data
             return
         self._bytes = b""
         if data.startswith(b"HTTP/1.0") or b"\nConnection: close" in data:
             self.close()
+        elif self._least_bytes == 1:
+            self._least_bytes = head_bytes + LEAST_BODY
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, self._least_bytes)
         number, self._number = self._number, 0
         self._bench.answered(self, number, data[9:12])
 
@@ -366,7 +382,7 @@ class Caller:
 class Inbound:
     """One connection of the system to the receiver."""
 
-    __slots__ = ("_bench", "_bytes", "_sock")
+    __slots__ = ("_bench", "_bytes", "_least_bytes", "_sock")
 
     def __init__(self, bench: Bench, sock: socket.socket) -> None:
         sock.settimeout(0)
@@ -374,6 +390,7 @@ class Inbound:
         self._bench = bench
         self._sock = sock
         self._bytes = b""
+        self._least_bytes = bench.least_bytes
         bench.watch(sock, self._read)
 
     def close(self) -> None:
@@ -386,16 +403,24 @@ class Inbound:
                 self.close()
                 return
             data = self._bytes + data
-            if not _end_of_message(data):
+            head_bytes = _head_of_whole(data)
+            if not head_bytes:
                 self._bytes = data
                 return
             self._bytes = b""
             self._sock.send(THANKS)
+            self._expect(head_bytes + LEAST_BODY)
         except OSError:
             self.close()
             return
         if found := NUMBER.search(data):
             self._bench.delivered(int(found[1]))
+
+    def _expect(self, least_bytes: int) -> None:
+        if least_bytes != self._least_bytes:
+            self._least_bytes = least_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least_bytes)
+            self._bench.expect(least_bytes)
 
 
 def quantile(values: list[float], part: float) -> float:
@@ -403,11 +428,11 @@ def quantile(values: list[float], part: float) -> float:
     return values[min(len(values) - 1, int(len(values) * part))] if values else 0.0
 
 
-def _end_of_message(data: bytes) -> bool:
-    """Tell whether a head and its body have come whole; there is never more than one."""
-    end = data.find(b"\r\n\r\n")
-    length = LENGTH.search(data, 0, end) if end >= 0 else None
-    return length is not None and len(data) >= end + 4 + int(length[1])
+def _head_of_whole(data: bytes) -> int:
+    """Return the length of the head when it and its body have come whole, else 0."""
+    head_bytes = data.find(b"\r\n\r\n") + 4
+    length = LENGTH.search(data, 0, head_bytes) if head_bytes >= 4 else None
+    return head_bytes if length and len(data) >= head_bytes + int(length[1]) else 0
 
 
 def _sorted_ms(begun: array, ended: array) -> list[float]:

@@ -3,9 +3,12 @@
 Every system gets the same work: `POST /process` with `{"data": …}`, `bench.analyses` as analysis,
 and the URL to post the result to. What is chosen for the peers, in this one place:
 
-* FastAPI runs on one uvicorn process with uvloop and httptools, and its access log in a file; so
-  does the log of Postback, at its default level.
-* Workers have as many threads as the load's `Shape` says, the fastest number found on 2 cores.
+* FastAPI runs on one uvicorn process with uvloop and httptools. Its routes are `async def`, although
+  they put the job into a queue: as `def`, in a thread each, they were slower by up to a fifth.
+* Every log is at its default level and goes to a file: that of Postback, uvicorn's access log, the
+  workers' own.
+* Workers are laid out as a load's `Shape` says. For the echo that is the default of Dramatiq and
+  of Celery, which was also the fastest on 2 cores; Huey's single thread is made eight.
 * Results are posted over a `requests.Session` that each thread keeps; only the bare threads use
   `requests.post`, as the approach is named for.
 * Redis runs as it does without a configuration file: a snapshot now and then, no append-only file.
@@ -36,20 +39,38 @@ PEERS_PYTHON = ROOT / "bench" / ".venv" / "bin" / "python"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is analyzed, and how a peer's workers are laid out for it."""
+    """What is analyzed, and how the workers are laid out for it."""
 
-    analysis: str = "bench.analyses:echo"
-    threads: int = 8
-    processes: int = 1
-
-    @property
-    def places(self) -> int:
-        return self.threads * self.processes
+    analysis: str
+    huey: str
+    dramatiq: str
+    celery: str
+    postback: Mapping[str, str] = field(default_factory=dict)
 
 
-ECHO = Shape()
-NAP = Shape(analysis="bench.analyses:nap", threads=32)
-BURN = Shape(analysis="bench.analyses:burn", threads=1, processes=2)
+ECHO = Shape(
+    analysis="bench.analyses:echo",
+    huey="-k thread -w 8",
+    dramatiq="--processes 2 --threads 8",
+    celery="-P prefork -c 2",
+)
+
+#: An analysis that waits: 32 at once, as many as Postback runs unless told otherwise.
+NAP = Shape(
+    analysis="bench.analyses:nap",
+    huey="-k thread -w 32",
+    dramatiq="--processes 2 --threads 16",
+    celery="-P threads -c 32",
+)
+
+#: An analysis that computes: a process for each core.
+BURN = Shape(
+    analysis="bench.analyses:burn",
+    huey="-k process -w 2",
+    dramatiq="--processes 2 --threads 8",
+    celery="-P prefork -c 2",
+    postback={"EXECUTOR": "process"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,32 +113,21 @@ def _uvicorn(module: str, at: Place) -> list[str]:
 
 
 def _huey(at: Place) -> list[list[str]]:
-    kind = _kind(at.shape, "process", "thread")
     consumer = PEERS_PYTHON.with_name("huey_consumer")
-    return [
-        _uvicorn("on_huey", at),
-        _python(consumer, "bench.peers.on_huey.huey", "-k", kind, "-w", at.shape.places),
-    ]
+    options = at.shape.huey.split()
+    return [_uvicorn("on_huey", at), _python(consumer, "bench.peers.on_huey.huey", *options)]
 
 
 def _dramatiq(at: Place) -> list[list[str]]:
-    worker = _python(
-        *("-m", "dramatiq", "bench.peers.on_dramatiq"),
-        *("--processes", at.shape.processes, "--threads", at.shape.threads),
-    )
+    options = at.shape.dramatiq.split()
+    worker = _python("-m", "dramatiq", "bench.peers.on_dramatiq", *options)
     return [_uvicorn("on_dramatiq", at), worker]
 
 
 def _celery(at: Place) -> list[list[str]]:
-    worker = _python(
-        *("-m", "celery", "-A", "bench.peers.on_celery:tasks", "worker"),
-        *("-P", _kind(at.shape, "prefork", "threads"), "-c", at.shape.places),
-    )
+    options = at.shape.celery.split()
+    worker = _python("-m", "celery", "-A", "bench.peers.on_celery:tasks", "worker", *options)
     return [_uvicorn("on_celery", at), worker]
-
-
-def _kind(shape: Shape, processes: str, threads: str) -> str:
-    return processes if shape.processes > 1 else threads
 
 
 POSTBACK = System(
@@ -212,7 +222,7 @@ class Running:
         }
         if self.system.service:
             env |= {"PORT": str(self.place.port), "JOURNAL": f"{directory}/journal.db"}
-            env |= {"MAX_PENDING": "1000000", **_executor(self.place.shape), **self.place.settings}
+            env |= {"MAX_PENDING": "1000000", **self.place.shape.postback, **self.place.settings}
         else:
             env["HUEY_FILE"] = f"{directory}/huey.db"
             env["REDIS_URL"] = f"redis://127.0.0.1:{self.place.redis_port}/0"
@@ -272,13 +282,6 @@ def wait_until_it_listens(port: int, seconds: float = 20) -> None:
         else:
             return
     raise TimeoutError(f"nothing listens on port {port} after {seconds} s")
-
-
-def _executor(shape: Shape) -> dict[str, str]:
-    # One process an analysis that computes, as the README advises.
-    if shape.processes > 1:
-        return {"EXECUTOR": "process", "WORKERS": str(shape.processes)}
-    return {}
 
 
 def _environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ def work(job_id: str, data: Any) -> None:
 
 
 @app.post("/process")
-def process(payload: dict[str, Any]) -> dict[str, str]:
+async def process(payload: dict[str, Any]) -> dict[str, str]:
     job_id = new_id()
     work.send(job_id, payload["data"])
     return {"id": job_id, "state": "accepted"}
