@@ -12,8 +12,10 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import rounds
-from bench.systems import BARE, DATA, PEERS, POSTBACK, System, missing
+from bench import growth, kills, rounds, start
+from bench.systems import BARE, DATA, PEERS, PEERS_PYTHON, POSTBACK, ROOT, System, missing
+
+PICTURE = "docs/bench.svg"
 
 
 def main() -> None:
@@ -32,13 +34,33 @@ def peers(options: argparse.Namespace) -> None:
         print("\n".join(rounds.table(case, rows[case.name], durable)), flush=True)
     DATA.mkdir(exist_ok=True)
     (DATA / "peers.json").write_text(json.dumps(rows, indent=1))
+    if not (options.quick or options.only or options.loads):
+        command = [PEERS_PYTHON, "bench/plot.py", DATA / "peers.json", PICTURE]
+        subprocess.run(command, cwd=ROOT, check=True)
+        print(f"The picture is {PICTURE}.\n")
+
+
+def kill(options: argparse.Namespace) -> None:
+    for line in kills.table(list(_chosen(options.only))):
+        print(line, flush=True)
+
+
+def grow(options: argparse.Namespace) -> None:
+    seconds = options.seconds / 2
+    for line in growth.table(rounds=options.rounds, seconds=seconds, quick=options.quick):
+        print(line, flush=True)
+
+
+def begin(options: argparse.Namespace) -> None:
+    for line in start.table(list(_chosen(options.only)), rounds=options.rounds):
+        print(line, flush=True)
 
 
 def executors(_: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "bench/executors.py"], check=True)
 
 
-PARTS = {"peers": peers, "executors": executors}
+PARTS = {"peers": peers, "kill": kill, "growth": grow, "start": begin, "executors": executors}
 
 
 def _options() -> argparse.Namespace:

@@ -92,9 +92,13 @@ class Figures:
 
 
 class Bench:
-    """Callers and receiver around one system; one load after the other."""
+    """Callers and receiver around one system; one load after the other.
 
-    def __init__(self) -> None:
+    Args:
+        first: The number of the first payload; results with a lower one are ignored.
+    """
+
+    def __init__(self, *, first: int = FIRST) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
@@ -102,8 +106,9 @@ class Bench:
         self.watch(self._listener, self._accept)
         self.receiver_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/results"
         self._callers: list[Caller] = []
-        self._next = FIRST
+        self._next = first
         self.least_bytes = 1
+        self.strangers = 0
         self._prepare(Load(clients=0), 0)
 
     def close(self) -> None:
@@ -139,6 +144,20 @@ class Bench:
                 return
             self._turn(TICK)
             watch()
+
+    def receive(self, count: int, patience: float) -> int:
+        """Receive so many results of jobs sent by others; return how many came in time."""
+        self.strangers, last, seen_at = 0, 0, time.perf_counter()
+        while self.strangers < count and time.perf_counter() - seen_at < patience:
+            self._turn(TICK)
+            if self.strangers > last:
+                last, seen_at = self.strangers, time.perf_counter()
+        return self.strangers
+
+    def first_result_after(self, at: float) -> float | None:
+        """Return how many seconds after an instant a result came; None: none did."""
+        after = [one - at for one in self._delivered_at if one > at]
+        return min(after, default=None)
 
     def stop(self) -> None:
         """Send no more, and let `run` return; `finish` then goes on to receive."""
@@ -238,6 +257,7 @@ class Bench:
 
     def delivered(self, number: int) -> None:
         if number < self._first:  # of an earlier load
+            self.strangers += 1
             return
         index = number - self._first
         if self._delivered_at[index]:

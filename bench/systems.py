@@ -3,8 +3,8 @@
 Every system gets the same work: `POST /process` with `{"data": …}`, `bench.analyses` as analysis,
 and the URL to post the result to. What is chosen for the peers, in this one place:
 
-* FastAPI runs on one uvicorn process with uvloop and httptools. Its routes are `async def`, although
-  they put the job into a queue: as `def`, in a thread each, they were slower by up to a fifth.
+* FastAPI runs on one uvicorn process with uvloop and httptools. Its routes are `async def`,
+  although they write to a queue: as `def`, each in a thread, they were up to a fifth slower.
 * Every log is at its default level and goes to a file: that of Postback, uvicorn's access log, the
   workers' own.
 * Workers are laid out as a load's `Shape` says. For the echo that is the default of Dramatiq and
@@ -92,7 +92,8 @@ class System:
         commands: Front first; all but Redis, which `redis` asks for.
         durable: Whether a job is on disk before the answer.
         delivers: False for the route that does nothing.
-        note: What the reader of its row should know.
+        patience: Seconds after a kill -9 in which its jobs may come back.
+        held_key: Where Redis keeps jobs of workers that are gone; the note tells until when.
     """
 
     name: str
@@ -101,6 +102,8 @@ class System:
     redis: bool = False
     delivers: bool = True
     service: bool = False
+    patience: float = 0.0
+    held_key: str = ""
     note: str = ""
 
 
@@ -161,8 +164,21 @@ PEERS = (
         durable="no",
     ),
     System(name="Huey on SQLite", commands=_huey, durable="yes"),
-    System(name="Dramatiq + Redis", commands=_dramatiq, durable="no", redis=True),
-    System(name="Celery + Redis", commands=_celery, durable="no", redis=True),
+    System(
+        name="Dramatiq + Redis",
+        commands=_dramatiq,
+        durable="no",
+        redis=True,
+        patience=75.0,  # a worker counts as gone after 60 s
+    ),
+    System(
+        name="Celery + Redis",
+        commands=_celery,
+        durable="no",
+        redis=True,
+        held_key="unacked",
+        note="Celery gives them out again after the visibility time-out, by default an hour",
+    ),
 )
 
 
