@@ -1,6 +1,7 @@
-"""`./run bench [part …]`: the service beside its peers, as tables in Markdown.
+"""`./run bench [part …]`: the service beside its peers, as tables in Markdown; about 20 minutes.
 
-Parts: peers (the same work through every system). Without any, all of them.
+Parts, by default all of them: `peers` (the same work through every system), `kill` (what a kill -9
+loses), `growth` (large journals, many jobs), `start` (time, memory, imports), `executors`.
 """
 
 import argparse
@@ -32,9 +33,8 @@ def peers(options: argparse.Namespace) -> None:
     durable = {one.name: one.durable for one in (*systems, BARE)}
     for case in cases:
         print("\n".join(rounds.table(case, rows[case.name], durable)), flush=True)
-    DATA.mkdir(exist_ok=True)
-    (DATA / "peers.json").write_text(json.dumps(rows, indent=1))
     if not (options.quick or options.only or options.loads):
+        (DATA / "peers.json").write_text(json.dumps(rows, indent=1))
         command = [PEERS_PYTHON, "bench/plot.py", DATA / "peers.json", PICTURE]
         subprocess.run(command, cwd=ROOT, check=True)
         print(f"The picture is {PICTURE}.\n")

@@ -45,7 +45,7 @@ class Shape:
     huey: str
     dramatiq: str
     celery: str
-    postback: Mapping[str, str] = field(default_factory=dict)
+    executor: str = "thread"
 
 
 ECHO = Shape(
@@ -69,7 +69,7 @@ BURN = Shape(
     huey="-k process -w 2",
     dramatiq="--processes 2 --threads 8",
     celery="-P prefork -c 2",
-    postback={"EXECUTOR": "process"},
+    executor="process",
 )
 
 
@@ -238,7 +238,11 @@ class Running:
         }
         if self.system.service:
             env |= {"PORT": str(self.place.port), "JOURNAL": f"{directory}/journal.db"}
-            env |= {"MAX_PENDING": "1000000", **self.place.shape.postback, **self.place.settings}
+            env |= {
+                "MAX_PENDING": "1000000",
+                "EXECUTOR": self.place.shape.executor,
+                **self.place.settings,
+            }
         else:
             env["HUEY_FILE"] = f"{directory}/huey.db"
             env["REDIS_URL"] = f"redis://127.0.0.1:{self.place.redis_port}/0"
