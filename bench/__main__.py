@@ -34,7 +34,7 @@ def peers(options: argparse.Namespace) -> None:
     for case in cases:
         print("\n".join(rounds.table(case, rows[case.name], durable)), flush=True)
     if not (options.quick or options.only or options.loads):
-        (DATA / "peers.json").write_text(json.dumps(rows, indent=1))
+        (DATA / "peers.json").write_text(json.dumps({"durable": durable, "rows": rows}, indent=1))
         command = [PEERS_PYTHON, "bench/plot.py", DATA / "peers.json", PICTURE]
         subprocess.run(command, cwd=ROOT, check=True)
         print(f"The picture is {PICTURE}.\n")
