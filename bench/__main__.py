@@ -46,8 +46,7 @@ def kill(options: argparse.Namespace) -> None:
 
 
 def grow(options: argparse.Namespace) -> None:
-    seconds = options.seconds / 2
-    for line in growth.table(rounds=options.rounds, seconds=seconds, quick=options.quick):
+    for line in growth.table(rounds=options.rounds, seconds=options.seconds, quick=options.quick):
         print(line, flush=True)
 
 
@@ -67,7 +66,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=5, help="of each load (default 5)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a load (default 4)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a load (default 3)")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="systems, by a part of the name"
     )

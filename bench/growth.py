@@ -69,7 +69,7 @@ def _loads(journal: Path, seconds: float) -> dict[str, Row]:
             ready = time.perf_counter() - begun
             warm_up(bench, one)
             steady = run(bench, one, Load(clients=64, rate=100, seconds=seconds))
-            closed = run(bench, one, Load(seconds=seconds))
+            closed = run(bench, one, Load(seconds=seconds / 2))
             return {"start": {"ready": ready}, "open": steady, "closed": closed}
     finally:
         bench.close()
