@@ -1,5 +1,6 @@
-"""What the processes of a session cost, as /proc tells, with the children they waited for."""
+"""What the processes of a session cost, with all below them, as /proc tells."""
 
+import contextlib
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -48,13 +49,19 @@ def _status(pid: int, name: str) -> float:
 
 
 def _stats(sessions: Collection[int]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each process, and the fields of its `stat` from the state on."""
+    """Yield each process of the sessions, or below one, with its `stat` from the state on."""
+    every = dict(_all())
+    for pid, fields in every.items():
+        above = pid
+        while above in every and int(every[above][3]) not in sessions:
+            above = int(every[above][1])  # a worker may have a session of its own
+        if above in every and fields[0] != "Z":
+            yield pid, fields
+
+
+def _all() -> Iterator[tuple[int, list[str]]]:
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
-            try:
+            with contextlib.suppress(OSError):  # it has ended
                 stat = (path / "stat").read_text()
-            except OSError:
-                continue
-            fields = stat.rpartition(")")[2].split()
-            if int(fields[3]) in sessions and fields[0] != "Z":
-                yield int(path.name), fields
+                yield int(path.name), stat.rpartition(")")[2].split()
