@@ -67,7 +67,7 @@ NAP = Shape(
 BURN = Shape(
     analysis="bench.analyses:burn",
     huey="-k process -w 2",
-    dramatiq="--processes 2 --threads 8",
+    dramatiq="--processes 2 --threads 1",
     celery="-P prefork -c 2",
     executor="process",
 )
