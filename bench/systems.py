@@ -59,7 +59,7 @@ ECHO = Shape(
 NAP = Shape(
     analysis="bench.analyses:nap",
     huey="-k thread -w 32",
-    dramatiq="--processes 2 --threads 16",
+    dramatiq="--processes 1 --threads 32",
     celery="-P threads -c 32",
 )
 
