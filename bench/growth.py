@@ -4,6 +4,7 @@ A journal is filled by copying one real job, row by row, whatever columns the ta
 """
 
 import contextlib
+import os
 import sqlite3
 import statistics
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from bench import proc
 from bench.load import FIRST, Bench, Load
-from bench.rounds import Row, run, warm_up
+from bench.rounds import Row, rotated, run, warm_up
 from bench.systems import DATA, ECHO, POSTBACK, Running, Shape, running
 
 FINISHED = (0, 100_000, 1_000_000)
@@ -48,8 +49,8 @@ def _finished(counts: tuple[int, ...], *, rounds: int, seconds: float) -> Iterat
         rows: dict[int, list[dict[str, Row]]] = {count: [] for count in counts}
         for number in range(rounds):
             _say(f"growth, round {number + 1}")
-            for count in counts:
-                rows[count].append(_loads(journals[count], seconds))
+            for count in rotated(counts, number):
+                rows[count].append(_loads(journals[count], number + 1, seconds))
     yield "### Finished jobs in the journal\n"
     yield (
         "| finished jobs | start to ready | answer p99 at 100 jobs/s | ratio "
@@ -61,8 +62,8 @@ def _finished(counts: tuple[int, ...], *, rounds: int, seconds: float) -> Iterat
     yield ""
 
 
-def _loads(journal: Path, seconds: float) -> dict[str, Row]:
-    bench = Bench()
+def _loads(journal: Path, number: int, seconds: float) -> dict[str, Row]:
+    bench = Bench(first=FIRST + 100_000 * number)  # what is left of a round may come in the next
     try:
         begun = time.perf_counter()
         with _on(journal, bench) as one:
@@ -200,6 +201,7 @@ def _copy_job(journal: Path, state: str, count: int) -> None:
             _copy_rows(connection, name, seq, count)
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.sync()  # or the next commits wait for all that
 
 
 def _copy_rows(connection: sqlite3.Connection, name: str, seq: int, count: int) -> None:

@@ -95,7 +95,7 @@ class Bench:
     """Callers and receiver around one system; one load after the other.
 
     Args:
-        first: The number of the first payload; results with a lower one are ignored.
+        first: The number of the first payload; other results are only counted.
     """
 
     def __init__(self, *, first: int = FIRST) -> None:
@@ -256,10 +256,10 @@ class Bench:
         self._use_places()
 
     def delivered(self, number: int) -> None:
-        if number < self._first:  # of an earlier load
+        index = number - self._first
+        if not 0 <= index < len(self._delivered_at):  # of an earlier load
             self.strangers += 1
             return
-        index = number - self._first
         if self._delivered_at[index]:
             self.repeats += 1
             return

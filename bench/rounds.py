@@ -9,9 +9,12 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from bench.load import Bench, Load
 from bench.systems import BARE, BURN, ECHO, NAP, POSTBACK, Running, Shape, System, running
+
+T = TypeVar("T")
 
 #: Of one system under one load in one round: the fields of `Figures`, and what it cost.
 Row = dict[str, float]
@@ -80,7 +83,7 @@ def measure(
     for number in range(rounds):
         for shape in shapes:
             same = [case for case in cases if case.shape is shape]
-            for system in _rotated([*systems, *_bare(same)], number):
+            for system in rotated([*systems, *_bare(same)], number):
                 print(f"round {number + 1}: {system.name}", file=sys.stderr, flush=True)
                 for case, row in _round(system, shape, same, seconds):
                     rows[case.name].setdefault(system.name, []).append(row)
@@ -91,9 +94,9 @@ def _bare(cases: Sequence[Case]) -> list[System]:
     return [BARE] if any(case.with_bare for case in cases) else []
 
 
-def _rotated(systems: Sequence[System], by: int) -> list[System]:
-    by %= len(systems)
-    return [*systems[by:], *systems[:by]]
+def rotated(what: Sequence[T], by: int) -> list[T]:
+    by %= len(what)
+    return [*what[by:], *what[:by]]
 
 
 def _round(

@@ -92,8 +92,7 @@ class System:
         commands: Front first; all but Redis, which `redis` asks for.
         durable: Whether a job is on disk before the answer.
         delivers: False for the route that does nothing.
-        patience: Seconds after a kill -9 in which its jobs may come back.
-        held_key: Where Redis keeps jobs of workers that are gone; the note tells until when.
+        held_key: The hash where Redis keeps jobs of workers that are gone; the note tells how long.
     """
 
     name: str
@@ -102,7 +101,6 @@ class System:
     redis: bool = False
     delivers: bool = True
     service: bool = False
-    patience: float = 0.0
     held_key: str = ""
     note: str = ""
 
@@ -169,7 +167,8 @@ PEERS = (
         commands=_dramatiq,
         durable="no",
         redis=True,
-        patience=75.0,  # a worker counts as gone after 60 s
+        held_key="dramatiq:default.msgs",
+        note="a worker counts as gone after a minute; one command in a thousand then looks for it",
     ),
     System(
         name="Celery + Redis",
@@ -177,7 +176,7 @@ PEERS = (
         durable="no",
         redis=True,
         held_key="unacked",
-        note="Celery gives them out again after the visibility time-out, by default an hour",
+        note="given out again after the visibility time-out, by default an hour",
     ),
 )
 
