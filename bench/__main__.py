@@ -41,7 +41,8 @@ def peers(options: argparse.Namespace) -> None:
 
 
 def kill(options: argparse.Namespace) -> None:
-    for line in kills.table(list(_chosen(options.only))):
+    patience = 3.0 if options.quick else kills.PATIENCE
+    for line in kills.table(list(_chosen(options.only)), patience=patience):
         print(line, flush=True)
 
 
@@ -55,8 +56,9 @@ def begin(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def executors(_: argparse.Namespace) -> None:
-    subprocess.run([sys.executable, "bench/executors.py"], check=True)
+def executors(options: argparse.Namespace) -> None:
+    command = [sys.executable, "bench/executors.py", *(["1"] if options.quick else [])]
+    subprocess.run(command, check=True)
 
 
 PARTS = {"peers": peers, "kill": kill, "growth": grow, "start": begin, "executors": executors}
@@ -73,12 +75,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--loads", nargs="+", default=[], choices=[one.name for one in rounds.CASES]
     )
-    parser.add_argument("--quick", action="store_true", help="one short round of everything")
+    parser.add_argument("--quick", action="store_true", help="one short round, about 4 minutes")
     options = parser.parse_args()
     if wrong := [part for part in options.parts if part not in PARTS]:
         parser.error(f"no such part: {', '.join(wrong)}; there are {', '.join(PARTS)}")
     if options.quick:
-        options.rounds, options.seconds = 1, 2.0
+        options.rounds, options.seconds = 1, 1.0
     return options
 
 

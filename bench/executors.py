@@ -1,7 +1,7 @@
 """What each executor costs, and how fast the 200 is while four analyses keep the processor busy.
 
-`./run bench executors` prints two Markdown tables. Everything runs on loopback, in about a minute
-and a half.
+`./run bench executors`, or `executors.py [seconds]`, prints two Markdown tables. Everything runs on
+loopback, in about a minute and a half.
 """
 
 import json
@@ -31,7 +31,7 @@ from web.demo import dask_cluster  # noqa: E402
 RUNS = 1000
 
 #: Seconds that requests are sent for, and how many a second.
-SECONDS = 3.0
+SECONDS = float(sys.argv[1]) if sys.argv[1:] else 3.0
 RATE = 100
 
 #: Analyses that keep the processor busy meanwhile.

@@ -37,25 +37,25 @@ class Loss:
     held: int
 
 
-def table(systems: Sequence[System]) -> Iterator[str]:
+def table(systems: Sequence[System], *, patience: float = PATIENCE) -> Iterator[str]:
     yield "### kill -9 after 1 s of 32 clients, then a new start; an analysis of 100 ms\n"
     yield "| system | answered 200 | lost | held back | posted twice | first result after a start |"
     yield "|" + " --- |" * 6
     notes = []
     for system in systems:
         print(f"kill -9: {system.name}", file=sys.stderr, flush=True)
-        loss = measure(system)
+        loss = measure(system, patience)
         resumed = "none" if loss.resumed is None else f"{loss.resumed:.1f} s"
         cells = [system.name, loss.answered, loss.lost, loss.held, loss.repeats, resumed]
         yield f"| {' | '.join(map(str, cells))} |"
         if loss.held:
             notes.append(f"* {system.name}: {system.note}.")
     yield ""
-    yield f"No result came within {PATIENCE:.0f} s; what is held back is still in Redis:\n"
+    yield f"Lost: no result came within {patience:.0f} s; what is held back is still in Redis:\n"
     yield from [*notes, ""]
 
 
-def measure(system: System) -> Loss:
+def measure(system: System, patience: float) -> Loss:
     bench = Bench()
     try:
         with running(system, NAP, bench.receiver_url) as one:
@@ -64,7 +64,7 @@ def measure(system: System) -> Loss:
             bench.finish(0.1)  # what was posted before
             restarted_at = time.perf_counter()
             one.start()
-            bench.finish(PATIENCE)
+            bench.finish(patience)
             return _loss(bench.figures(), bench.first_result_after(restarted_at), _held(one))
     finally:
         bench.close()
