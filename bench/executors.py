@@ -1,6 +1,7 @@
 """What each executor costs, and how fast the 200 is while four analyses keep the processor busy.
 
-`./run bench` prints two Markdown tables. Everything runs on loopback, in about a minute and a half.
+`./run bench executors`, or `executors.py [seconds]`, prints two Markdown tables. Everything runs on
+loopback, in about a minute and a half.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "bench" / ".venv" / "bin" / "python"
 sys.path.insert(0, str(ROOT))
 
 import processing  # noqa: E402
@@ -29,7 +31,7 @@ from web.demo import dask_cluster  # noqa: E402
 RUNS = 1000
 
 #: Seconds that requests are sent for, and how many a second.
-SECONDS = 3.0
+SECONDS = float(sys.argv[1]) if sys.argv[1:] else 3.0
 RATE = 100
 
 #: Analyses that keep the processor busy meanwhile.
@@ -171,7 +173,7 @@ def postback(executor: str, *, switch_seconds: float = SWITCH_SECONDS) -> Iterat
 
 @contextmanager
 def fastapi() -> Iterator[int]:
-    command = [sys.executable, "-m", "uvicorn", "bench.fastapi_app:app", "--log-level", "warning"]
+    command = [str(PEERS), "-m", "uvicorn", "bench.fastapi_app:app", "--log-level", "warning"]
     with serving(command, {}, "--port") as port:
         yield port
 

@@ -31,10 +31,10 @@ case $* in
     *isdir*) ;;
     *version_info*) [ "${STUB_VERSION-}" != 3.10.1 ] ;;
     "-c import ensurepip") [ -z "${STUB_NO_ENSUREPIP-}" ] ;;
-    "-m venv .venv")
-        mkdir -p .venv/bin
-        cp "$0" .venv/bin/python
-        echo "command = $0 -m venv $PWD/.venv" >.venv/pyvenv.cfg
+    "-m venv "*)
+        mkdir -p "$3/bin"
+        cp "$0" "$3/bin/python"
+        echo "command = $0 -m venv $PWD/$3" >"$3/pyvenv.cfg"
         [ -z "${STUB_NO_VENV-}" ] || { echo "no space left"; exit 1; } ;;
     "-m pip install "*)
         [ -z "${STUB_GATE-}" ] || read -r _ <"$STUB_GATE"
@@ -270,6 +270,15 @@ def test_a_running_service_does_not_hold_up_the_install_of_another_run(checkout)
     assert checkout.calls("-m pip")[-1].endswith("-r requirements-dev.txt")
 
 
+def test_the_peers_of_bench_have_a_venv_of_their_own(prepared):
+    prepared.run("bench")
+
+    installed = [call.split()[-1] for call in prepared.calls("-m pip")]
+    assert prepared.calls("-m venv") == ["-m venv bench/.venv"]
+    assert installed == ["bench/requirements.txt"]
+    assert not (prepared.path / ".venv/bench").exists()
+
+
 # What run refuses
 
 
@@ -330,7 +339,7 @@ def test_dask_is_installed_only_for_those_who_choose_it(prepared, verb):
         (["receiver"], ["-m web.receiver"]),
         (["soak", "10", "7"], ["-m tests.soak.kills 10 7"]),
         (["fuzz", "1000", "7"], ["-m tests.soak.fuzz 1000 7"]),
-        (["bench", "quick"], ["bench/executors.py quick"]),
+        (["bench", "quick"], ["-m bench quick"]),
         (["test", "-k", "two words"], ["-m pytest -k two words"]),
         (["format"], ["-m ruff check --fix .", "-m ruff format ."]),
         (

@@ -1,0 +1,32 @@
+"""`./run bench` on the service alone: the peers are in no test."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.service
+def test_a_short_round_ends_in_a_table_with_every_job_delivered():
+    one_round = ("--only", "postback", "--loads", "closed", "--rounds", "1", "--seconds", "0.2")
+
+    done = bench("peers", *one_round)
+
+    assert done.returncode == 0, done.stderr
+    assert "\n| Postback | " in done.stdout
+    assert "missing" not in done.stdout
+
+
+def test_an_unknown_part_is_refused_with_the_list_of_parts():
+    done = bench("pears")
+
+    assert done.returncode == 2
+    assert "peers, kill, growth, start, executors" in done.stderr
