@@ -256,7 +256,9 @@ class Service:
         )
         self.runner.start()
         self._server.start(
-            logs.watched(api.application(), self._metrics.answered), settle=self._journal.settle
+            logs.watched(api.application(), self._metrics.answered),
+            settle=self._journal.settle,
+            on_answered=self.runner.start_accepted,
         )
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ place, and makes the first attempt. One scheduler thread starts the attempts tha
 takes too long, and prunes.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -132,6 +133,7 @@ class Runner:
         self._wake_at = math.inf  # when the scheduler looks again (monotonic)
         self._accepting = 0  # jobs that are being committed
         self._waiting = 0  # jobs in the journal that need a thread
+        self._begun: deque[tuple[model.Job, bytes]] = deque()  # accepted, and not started yet
         self._starting = 0  # threads that have not begun their job yet
         self._running: dict[str, float] = {}  # job id: when it times out (monotonic)
         self._progress: dict[str, Progress] = {}  # of those that told any
@@ -170,9 +172,7 @@ class Runner:
     def accept(
         self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str
     ) -> str:
-        """Commit a job, start it if there is a place, and return its id.
-
-        It is durable once the journal is settled.
+        """Commit a job, and return its id. It is durable once the journal is settled.
 
         Returns:
             The id of the first job, when one was accepted with the same key.
@@ -193,13 +193,24 @@ class Runner:
                 job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
             )
         finally:
-            self._admitted(job.id, begins=begins, accepted=accepted == job.id)
+            self._admitted(job, body, begins=begins, accepted=accepted == job.id)
         if accepted == job.id:
             log.info("job accepted", extra=_facts(job))
             self._observer.accepted(job)
-            if begins:
-                self._start_begun(job, body)
         return accepted
+
+    def start_accepted(self) -> None:
+        """Start the jobs that were accepted; call it once they are settled and answered.
+
+        Not before: their threads would hold up the answers.
+        """
+        while True:
+            try:
+                job, body = self._begun.popleft()
+            except IndexError:
+                break
+            self._start_begun(job, body)
+        self._start_waiting()
 
     def cancel(self, job_id: str) -> None:
         """End a job with the outcome `canceled`.
@@ -291,17 +302,16 @@ class Runner:
             self._waiting += not begins
             return begins
 
-    def _admitted(self, job_id: str, *, begins: bool, accepted: bool) -> None:
+    def _admitted(self, job: model.Job, body: bytes, *, begins: bool, accepted: bool) -> None:
         with self._lock:
             self._accepting -= 1
             self._starting -= begins
             if begins and accepted:
-                self._note_running(job_id)
+                self._note_running(job.id)
+                self._begun.append((job, body))
             elif not accepted:  # refused, or another was first with this key
                 self._waiting -= not begins
             self._notify_if_idle()
-        if not begins:
-            self._start_waiting()
 
     def _start_begun(self, job: model.Job, body: bytes) -> None:
         if self._start_thread(job.id, self._work_on, job, body):
@@ -309,7 +319,8 @@ class Runner:
         with self._lock:  # it waits in the journal, as if it had not begun
             del self._running[job.id]
             self._waiting += 1
-        self._insist(lambda: self._journal.put_back([job.id]))
+        with contextlib.suppress(errors.JournalError):  # the process is about to end
+            self._insist(lambda: self._journal.put_back([job.id]))
 
     def _count_waiting(self, change: int) -> None:
         with self._lock:

@@ -91,7 +91,10 @@ def accept(target, data=1, *, key=None, **facts):
     """Have a journal or a runner accept a job, and return its id."""
     job = model.new_job(postback_url=None, receiver="", forwarded={}, **facts)
     body = json.dumps({"data": data}).encode()
-    return target.accept(job, body, idempotency_key=key, body_sha256="")
+    job_id = target.accept(job, body, idempotency_key=key, body_sha256="")
+    if isinstance(target, Runner):
+        target.start_accepted()
+    return job_id
 
 
 def left_running(path, *starts):

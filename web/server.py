@@ -145,14 +145,21 @@ class Server:
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]
 
-    def start(self, application: logs.WSGI, *, settle: Callable[[], None]) -> None:
+    def start(
+        self,
+        application: logs.WSGI,
+        *,
+        settle: Callable[[], None],
+        on_answered: Callable[[], None] = lambda: None,
+    ) -> None:
         """Begin to answer.
 
         Args:
             application: Answers requests.
             settle: Is called before answers leave; when it raises, none of them does.
+            on_answered: Is called once they have left.
         """
-        self._answerers = _Answerers(settle)
+        self._answerers = _Answerers(settle, on_answered)
         settings = Adjustments(
             sockets=[self._socket],
             connection_limit=_connection_limit(),
@@ -244,8 +251,9 @@ class _Answerers:
     disk: requests that come together share one fsync, and few threads do for many.
     """
 
-    def __init__(self, settle: Callable[[], None]) -> None:
+    def __init__(self, settle: Callable[[], None], on_answered: Callable[[], None]) -> None:
         self._settle = settle
+        self._on_answered = on_answered
         self._waiting: queue.SimpleQueue[_Channel | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"answerer-{number}", daemon=True)
@@ -280,6 +288,7 @@ class _Answerers:
                 for channel in kept:
                     channel.release()
             first.server.trigger.pull_trigger()
+            self._on_answered()
         self._waiting.put(None)  # for the next one
 
     def _answer(self, channel: _Channel | None, kept: list[_Channel]) -> None:
