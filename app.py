@@ -404,7 +404,7 @@ def _new_job(payload: intake.Payload, policy: outbound.Policy) -> model.Job:
     receiver = ""
     if payload.postback_url is not None:
         policy.check(payload.postback_url)
-        receiver = outbound.origin(payload.postback_url)
+        receiver = outbound.parts(payload.postback_url).origin
     return model.new_job(
         postback_url=payload.postback_url, receiver=receiver, forwarded=payload.forwarded
     )

@@ -71,7 +71,7 @@ def port(text: str) -> int:
 def url(text: str) -> str:
     """Return an http or https URL."""
     try:
-        outbound.origin(text)
+        outbound.parts(text)
     except errors.ReceiverRefusedError as exc:
         expected = "expected an http or https URL such as http://127.0.0.1:8080/results"
         raise ValueError(expected) from exc

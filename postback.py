@@ -1,10 +1,9 @@
 """One postback attempt: what is sent, what counts as success, when to try again.
 
-Open this file to see or to change what a receiver gets. Which receivers may be reached, and how
-an attempt is ended in time, is in `web/outbound.py`.
+Open this file to see or to change what a receiver gets. Which receivers may be reached is said in
+`web/outbound.py`; how an attempt is ended in time, in `web/transport.py`.
 """
 
-import contextlib
 import email.utils
 import http
 import http.client
@@ -14,13 +13,13 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import requests
 import requests.adapters
 
 from jobs import errors, model
 from web import outbound, signatures
+from web.transport import Transport
 
 VERSION = "0.1.0"
 
@@ -29,12 +28,6 @@ MAX_RETRY_AFTER_SECONDS = 3600.0
 
 #: Each wait is made shorter or longer by up to this part of it, or all jobs come back at once.
 JITTER = 0.2
-
-#: As much of an answer is read, in bytes: only to keep the connection. What it says is not used.
-MAX_ANSWER_BYTES = 4096
-
-#: As many attempts to one receiver may be under way and keep their connections.
-MAX_CONNECTIONS = 256
 
 #: What the operator reads for a failure; the first line that fits. Never the receiver's own words.
 _PHRASES: tuple[tuple[type[Exception], str], ...] = (
@@ -110,10 +103,12 @@ class Sender:
         self._schedule = tuple(schedule)
         self._clock = clock
         self._random = random
-        self._watchdog = outbound.Watchdog(timeout_seconds=timeout_seconds, resolve=resolve)
-        # Apart, so that no connection to a private address serves a caller's URL.
         ca_path = ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH
-        self._adapters = {public_only: _Adapter(ca_path) for public_only in (False, True)}
+        # Apart, so that no connection to a private address serves a caller's URL.
+        self._transports = {
+            public_only: Transport(ca_path=ca_path, public_only=public_only, resolve=resolve)
+            for public_only in (False, True)
+        }
         #: No attempt is due later than this after another.
         longest_seconds = max(self._schedule, default=0.0) * (1 + JITTER)
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
@@ -131,7 +126,9 @@ class Sender:
         try:
             public_only = job.postback_url is not None and self._policy.check(job.postback_url)
             request = self._request(job, event, timestamp=attempted_at)
-            status_code, headers = self._send(request, public_only=public_only)
+            # Not by a Session: it adds cookies, .netrc, proxies and half of the time.
+            answer = self._transports[public_only].send(request, timeout=self._timeout_seconds)
+            status_code, headers = answer.status_code, answer.headers
             error = _fault(status_code)
         except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
             error = self._reason(exc)
@@ -157,9 +154,8 @@ class Sender:
 
     def close(self) -> None:
         """Close the connections that are kept; attempts that are under way end by themselves."""
-        for adapter in self._adapters.values():
-            adapter.close()
-        self._watchdog.close()
+        for transport in self._transports.values():
+            transport.close()
 
     def _request(
         self, job: model.Job, event: bytes, *, timestamp: datetime
@@ -193,70 +189,13 @@ class Sender:
         request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster
         return request
 
-    def _send(
-        self, request: requests.PreparedRequest, *, public_only: bool
-    ) -> tuple[int, Mapping[str, str]]:
-        """Return the status and the headers of an answer that came in time."""
-        with self._watchdog.guard(public_only=public_only) as guard:
-            # Not through a Session: it adds cookies, .netrc, proxies and half of the time.
-            answer: Any = self._adapters[public_only].send(
-                request, stream=True, timeout=self._timeout_seconds
-            )
-            try:
-                guard.check()
-                _keep_connection(answer)
-            finally:
-                answer.close()
-            return answer.status, answer.headers
-
     def _reason(self, exc: Exception) -> str:
-        cause = _cause(exc)
-        if isinstance(cause, TimeoutError):
+        if isinstance(exc, TimeoutError):
             return f"no answer within {self._timeout_seconds:g} s"
         for kind, phrase in _PHRASES:
-            if isinstance(cause, kind):
-                return phrase.format(cause)[:200]
-        return str(getattr(cause, "strerror", None) or type(cause).__name__)[:200]
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Sends over the connections of `web/outbound.py`; takes no more of an answer than we use."""
-
-    def __init__(self, ca_path: str) -> None:
-        super().__init__()
-        self._pools = outbound.Pools(max_connections=MAX_CONNECTIONS, ca_path=ca_path)
-
-    def init_poolmanager(self, *_: Any, **__: Any) -> None:
-        """Make none: the pools are ours."""
-
-    def get_connection_with_tls_context(self, request: Any, *_: Any, **__: Any) -> Any:
-        """Return the connections to the receiver."""
-        return self._pools.of(request.url)
-
-    def cert_verify(self, *_: Any) -> None:
-        """Leave it to the TLS context, or the bundle is read for each connection."""
-
-    def request_url(self, request: Any, _: Any) -> str:
-        """Return what follows the origin."""
-        return outbound.target(request.url)
-
-    def build_response(self, _: Any, resp: Any) -> Any:
-        """Hand on what urllib3 has: cookies or an odd charset must not undo a delivery."""
-        return resp
-
-    def close(self) -> None:
-        """Close the connections that are kept."""
-        self._pools.close()
-
-
-def _keep_connection(answer: Any) -> None:
-    """Read the rest of a short answer, since only then its connection can be used again.
-
-    Whatever happens to it, the answer is here already: a failure must not undo a delivery.
-    """
-    if _is_success(answer.status):
-        with contextlib.suppress(Exception):
-            answer.read(MAX_ANSWER_BYTES, decode_content=False)
+            if isinstance(exc, kind):
+                return phrase.format(exc)[:200]
+        return str(getattr(exc, "strerror", None) or type(exc).__name__)[:200]
 
 
 def _is_success(status_code: int) -> bool:
@@ -289,11 +228,3 @@ def _retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
         return None
     seconds = (at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds()
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
-
-
-def _cause(exc: BaseException) -> BaseException:
-    """Return what is inside the wrappings of requests and urllib3."""
-    inner = exc.__cause__ or exc.__context__
-    if inner and isinstance(exc, requests.RequestException | outbound.LibraryError):
-        return _cause(inner)
-    return exc

@@ -1,9 +1,3 @@
-import socket
-import ssl
-import threading
-from pathlib import Path
-
-import certifi
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +5,6 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from jobs import errors
-from tests.receiver import Receiver
 from web import outbound
 
 NOT_CLEAN = [
@@ -86,7 +79,7 @@ NOT_CLEAN = [
 @pytest.mark.parametrize("url", NOT_CLEAN)
 def test_what_is_not_a_plain_http_url_is_refused(url):
     with pytest.raises(errors.ReceiverRefusedError, match="plain http or https URL"):
-        outbound.origin(url)
+        outbound.parts(url)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +100,14 @@ def test_what_is_not_a_plain_http_url_is_refused(url):
 )
 def test_an_origin_has_one_form(url, expected):
     # Newer releases of Python write a mapped address with dots, older ones in hexadecimal.
-    assert outbound.origin(url).replace("7f00:1", "127.0.0.1") == expected
+    assert outbound.parts(url).origin.replace("7f00:1", "127.0.0.1") == expected
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.text("htps:/@#?\\[]%.:a1x0-_ \n\x00é", max_size=30).map("http://".__add__))
 def test_an_origin_names_the_host_the_library_connects_to(url):
     try:
-        host = outbound.origin(url).split("://")[1].rpartition(":")[0]
+        host = outbound.parts(url).origin.split("://")[1].rpartition(":")[0]
     except errors.ReceiverRefusedError:
         return
 
@@ -253,205 +246,3 @@ def test_a_name_is_resolved_to_each_of_its_addresses_once():
 
     assert set(addresses) <= {"127.0.0.1", "::1"}
     assert len(addresses) == len(set(addresses)) >= 1
-
-
-@pytest.fixture
-def listener():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server
-
-
-@pytest.fixture
-def watchdog_for():
-    watchdogs = []
-
-    def make(timeout_seconds=5.0, resolve=outbound.resolve):
-        watchdogs.append(outbound.Watchdog(timeout_seconds=timeout_seconds, resolve=resolve))
-        return watchdogs[-1]
-
-    yield make
-    for watchdog in watchdogs:
-        watchdog.close()
-    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
-
-
-def connect(guard, listener, host="a.example"):
-    return guard.connect(host, listener.getsockname()[1], [])
-
-
-@pytest.mark.parametrize(
-    "answers",
-    [["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1", "8.8.8.8"], ["8.8.8.8", "not an address"]],
-)
-def test_one_address_that_is_not_public_blocks_the_attempt(watchdog_for, listener, answers):
-    watchdog = watchdog_for(resolve=lambda host: answers)
-
-    with (
-        watchdog.guard(public_only=True) as guard,
-        pytest.raises(errors.ReceiverRefusedError, match=r"address of a\.example is not public"),
-    ):
-        connect(guard, listener)
-
-    listener.settimeout(0)
-    with pytest.raises(BlockingIOError):
-        listener.accept()
-
-
-def test_an_address_that_was_checked_is_the_one_connected_to(watchdog_for, listener):
-    answers = iter([["127.0.0.1"], ["192.0.2.1"]])
-    watchdog = watchdog_for(resolve=lambda host: next(answers))
-
-    with watchdog.guard(public_only=False) as guard, connect(guard, listener) as connection:
-        peer = connection.getpeername()
-
-    assert (peer, list(answers)) == (listener.getsockname(), [["192.0.2.1"]])
-
-
-def test_a_literal_address_is_not_looked_up(watchdog_for, listener):
-    watchdog = watchdog_for(resolve=lambda host: pytest.fail("looked up"))
-
-    with (
-        watchdog.guard(public_only=False) as guard,
-        connect(guard, listener, "127.0.0.1") as connection,
-    ):
-        assert connection.getpeername() == listener.getsockname()
-
-
-def test_the_next_address_is_tried_when_one_does_not_answer(watchdog_for, listener):
-    watchdog = watchdog_for(resolve=lambda host: ["127.0.0.2", "127.0.0.1"])
-
-    with watchdog.guard(public_only=False) as guard, connect(guard, listener) as connection:
-        assert connection.getpeername() == listener.getsockname()
-
-
-@pytest.mark.parametrize("answers", [["127.0.0.2"], []])
-def test_no_address_that_answers_is_an_os_error(watchdog_for, listener, answers):
-    watchdog = watchdog_for(resolve=lambda host: answers)
-
-    with (
-        watchdog.guard(public_only=False) as guard,
-        pytest.raises(OSError, match=r"refused|no address"),
-    ):
-        connect(guard, listener)
-
-
-def test_a_connection_made_after_the_deadline_is_cut(watchdog_for, listener):
-    with watchdog_for(0.05).guard(public_only=False) as guard:
-        with connect(guard, listener, "127.0.0.1") as first:
-            first.settimeout(5)
-            assert first.recv(1) == b""
-        with connect(guard, listener, "127.0.0.1") as second:
-            second.settimeout(5)
-            assert second.recv(1) == b""
-
-
-def test_a_failure_after_the_deadline_is_told_as_a_timeout(watchdog_for, listener):
-    watchdog = watchdog_for(0.05)
-
-    with pytest.raises(TimeoutError, match="deadline"):
-        _fail_when_cut(watchdog, listener)
-
-
-def _fail_when_cut(watchdog, listener):
-    with watchdog.guard(public_only=False) as guard, connect(guard, listener, "127.0.0.1") as sock:
-        sock.settimeout(5)
-        sock.recv(1)
-        raise OSError("the library reports it in its own way")
-
-
-def test_a_connection_that_was_released_is_not_cut(watchdog_for, listener):
-    with (
-        watchdog_for(0.05).guard(public_only=False) as guard,
-        connect(guard, listener, "127.0.0.1") as released,
-    ):
-        guard.release()
-        assert _wait_for_the_cut(guard, listener) == b""
-
-        assert released.send(b"x") == 1
-
-
-def test_a_kept_connection_is_out_of_reach_of_the_attempt_that_used_it(watchdog_for):
-    watchdog, pools = watchdog_for(), outbound.Pools(max_connections=1, ca_path="")
-    with Receiver() as receiver:
-        with watchdog.guard(public_only=False) as guard:
-            pools.of(receiver.url).request("POST", "/", body=b"")
-            guard.cut()
-        with watchdog.guard(public_only=False):
-            pools.of(receiver.url).request("POST", "/", body=b"")
-        pools.close()
-
-    assert [request.connection for request in receiver.requests] == [1, 1]
-
-
-def test_guards_leave_no_descriptor_behind(watchdog_for, listener):
-    watchdog = watchdog_for()
-    before = _descriptors()
-
-    with watchdog.guard(public_only=False) as guard:
-        connect(guard, listener, "127.0.0.1").close()
-
-    assert _descriptors() == before
-
-
-def test_an_attempt_that_ended_first_does_not_end_the_watch_of_another(watchdog_for, listener):
-    watchdog = watchdog_for(0.1)
-
-    with watchdog.guard(public_only=False) as guard:
-        with watchdog.guard(public_only=False):
-            pass
-        assert _wait_for_the_cut(guard, listener) == b""
-
-
-def _wait_for_the_cut(guard, listener):
-    with connect(guard, listener, "127.0.0.1") as connection:
-        connection.settimeout(5)
-        return connection.recv(1)
-
-
-def test_an_idle_watchdog_wakes_for_the_next_attempt(watchdog_for, listener):
-    watchdog = watchdog_for(0.05)
-
-    passed = [_cut(watchdog, listener), _cut(watchdog, listener)]
-
-    assert passed == [True, True]
-
-
-def _cut(watchdog, listener):
-    with watchdog.guard(public_only=False) as guard, connect(guard, listener, "127.0.0.1") as sock:
-        sock.settimeout(5)
-        sock.recv(1)
-        return guard.passed
-
-
-def test_a_closed_watchdog_lets_attempts_end_and_begins_no_other(watchdog_for, listener):
-    watchdog = watchdog_for(0.1)
-
-    with watchdog.guard(public_only=False) as guard:
-        watchdog.close()
-        ended = _wait_for_the_cut(guard, listener)
-
-    assert (ended, guard.passed) == (b"", True)
-    with pytest.raises(RuntimeError, match="the service stops"), watchdog.guard(public_only=False):
-        pass
-
-
-def test_an_unused_watchdog_starts_nothing_and_closes():
-    watchdog = outbound.Watchdog(timeout_seconds=1)
-
-    watchdog.close()
-
-    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
-
-
-def test_certificates_and_names_are_checked_whatever_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-
-    context = outbound.tls_context.__wrapped__(certifi.where())
-
-    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
-    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
-    assert not context.keylog_filename
-
-
-def _descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))

@@ -1,42 +1,26 @@
-"""Which URLs and addresses a postback may reach, and connections that reach only those, in time.
+"""Which URLs and addresses a postback may reach.
 
-Text is no filter: a name can resolve to anything, and to something else a second later. So the
-rule for addresses is applied to the address that is connected to, before any byte is sent. The
-timeouts of sockets are no deadline: each counts from the last byte. So a watchdog cuts the
-connection of an attempt whose time is over, in whatever phase it is.
+Text is no filter: a name can resolve to anything, and to something else a second later. So beside
+the rule for URLs there is one for addresses; `web/transport.py` applies it to the address that it
+is about to connect to, before any byte is sent.
 """
 
-import contextlib
 import functools
 import ipaddress
-import logging
 import re
 import socket
-import ssl
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+import urllib.parse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
-
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from typing import NamedTuple, Self
 
 from jobs import errors
 
 #: The longest URL that is accepted, in characters.
 MAX_URL = 2048
 
-#: Receivers to which connections are kept.
-MAX_ORIGINS = 8
-
 #: From a host name to its addresses, in the order to try them. May block, and may raise OSError.
 Resolve = Callable[[str], Sequence[str]]
-
-#: What urllib3 wraps around a failure.
-LibraryError = urllib3.exceptions.HTTPError
 
 # A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host:
 # printable ASCII without blank, "#" and backslash, and nothing but a port beside the host.
@@ -73,22 +57,45 @@ _NOT_PUBLIC: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = (
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-def origin(url: str) -> str:
-    """Return the `scheme://host:port` that a URL leads to, in lower case, the port always told.
+class Parts(NamedTuple):
+    """What a URL consists of.
+
+    Attributes:
+        host: In lower case; an IPv6 address in brackets.
+        target: The path and the query, as they are sent; "" where the URL has neither.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    target: str
+
+    @property
+    def origin(self) -> str:
+        """The `scheme://host:port`, the port always told."""
+        return f"{self.scheme}://{self.host}:{self.port}"
+
+    @property
+    def authority(self) -> str:
+        """The value of the header Host."""
+        is_default = self.port == _DEFAULT_PORTS[self.scheme]
+        return self.host if is_default else f"{self.host}:{self.port}"
+
+
+@functools.lru_cache(maxsize=1024)
+def parts(url: str) -> Parts:
+    """Return the parts of a plain http or https URL.
 
     A host that is not ASCII is refused: its punycode form is accepted.
 
     Raises:
-        ReceiverRefusedError: It is not a plain http or https URL.
+        ReceiverRefusedError: It is none.
     """
-    scheme, host, port, _ = _split(url)
-    return f"{scheme}://{host}:{port}"
-
-
-def target(url: str) -> str:
-    """Return the path and the query of a URL that `origin` accepts."""
-    rest = _split(url)[3]
-    return rest if rest.startswith("/") else f"/{rest}"
+    match = _URL.fullmatch(url) if len(url) <= MAX_URL else None
+    if not match:
+        raise _refusal()
+    scheme, host = match["scheme"].lower(), _canonical(match["host"].lower())
+    return Parts(scheme, host, _checked_port(scheme, match["port"]), _encoded(match["rest"]))
 
 
 def is_public(address: str) -> bool:
@@ -133,16 +140,16 @@ class Policy:
         Raises:
             ReceiverRefusedError: The URL is not allowed.
         """
-        scheme, host, port, _ = _split(url)
-        if f"{scheme}://{host}:{port}" in self.allow:
+        scheme, host, *_ = found = parts(url)
+        if found.origin in self.allow:
             return False
         if not self.any_public_https:
             raise errors.ReceiverRefusedError(
-                f"postback_url: {scheme}://{host}:{port} is not listed in POSTBACK_ALLOW."
+                f"postback_url: {found.origin} is not listed in POSTBACK_ALLOW."
             )
         if scheme != "https":
             raise errors.ReceiverRefusedError("postback_url must begin with https://.")
-        if _is_address(host) and not is_public(host.strip("[]")):
+        if is_address(host) and not is_public(host.strip("[]")):
             raise errors.ReceiverRefusedError(f"postback_url: {host} is not a public address.")
         return True
 
@@ -153,296 +160,17 @@ def resolve(host: str) -> Sequence[str]:
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 
-class Guard:
-    """The limits of one attempt: which addresses it may reach, and until when.
-
-    Attributes:
-        passed: Whether the deadline has passed. What the receiver seems to say after that does
-            not count: a header block that was cut short looks complete.
-    """
-
-    def __init__(
-        self, *, deadline: float, public_only: bool, resolve: Resolve, lock: threading.Condition
-    ) -> None:
-        self.deadline = deadline
-        self.passed = False
-        self._public_only = public_only
-        self._resolve = resolve
-        self._lock = lock
-        self._line: socket.socket | None = None
-
-    def connect(self, host: str, port: int, options: Any) -> socket.socket:
-        """Connect to the first address of a host that answers.
-
-        Raises:
-            ReceiverRefusedError: One of the addresses is not public and has to be.
-            OSError: No address answers, or the name has none.
-        """
-        addresses = self._addresses(host)
-        failure = OSError(0, "the name has no address")
-        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            # A fair share of the time for each, so that one that is silent leaves some.
-            share_seconds = max(0.001, self._seconds_left() / left)
-            try:
-                connection = urllib3.util.connection.create_connection(
-                    (address, port), share_seconds, socket_options=options
-                )
-            except OSError as exc:
-                failure = exc
-            else:
-                self.hold(connection)
-                return connection
-        raise failure
-
-    def hold(self, connection: socket.socket) -> None:
-        """Let the deadline cut this connection.
-
-        By a descriptor of its own: TLS takes the socket's away, and http.client drops it early.
-        """
-        line = socket.fromfd(connection.fileno(), connection.family, connection.type)
-        with self._lock:
-            self._close_line()
-            self._line = line
-            if self.passed:
-                self.cut()
-
-    def release(self) -> None:
-        """Keep hands off the connection from now on: it may serve another attempt."""
-        with self._lock:
-            self._close_line()
-
-    def cut(self) -> None:
-        """End the attempt now: whatever it waits for fails. The lock is held."""
-        self.passed = True
-        if self._line:
-            with contextlib.suppress(OSError):  # the receiver was faster
-                self._line.shutdown(socket.SHUT_RDWR)
-
-    def check(self) -> None:
-        """Raise TimeoutError when the deadline has passed."""
-        if self.passed:
-            raise TimeoutError("the deadline of the attempt has passed") from None
-
-    def _addresses(self, host: str) -> Sequence[str]:
-        addresses = [host] if _is_address(host) else self._look_up(host)
-        if self._public_only and not all(map(is_public, addresses)):
-            raise errors.ReceiverRefusedError(f"the address of {host} is not public")
-        return addresses
-
-    def _look_up(self, host: str) -> Sequence[str]:
-        """Resolve in a thread that can be left behind: getaddrinfo cannot be interrupted."""
-        found: list[Sequence[str] | Exception] = []
-        thread = threading.Thread(
-            target=_answer, args=(self._resolve, host, found), name="resolve", daemon=True
-        )
-        thread.start()
-        thread.join(self._seconds_left())
-        if not found:
-            raise TimeoutError("the name was not resolved in time")
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
-
-    def _seconds_left(self) -> float:
-        return max(0.0, self.deadline - time.monotonic())
-
-    def _close_line(self) -> None:
-        if self._line:
-            self._line.close()
-            self._line = None
-
-
-class Watchdog:
-    """Ends attempts whose time is over. One thread for all of them, asleep nearly always.
-
-    All attempts have the same time, so the one that began first ends first. The thread sleeps
-    until then; an attempt that begins or ends wakes it only when it has no deadline to wait for.
-    """
-
-    def __init__(self, *, timeout_seconds: float, resolve: Resolve = resolve) -> None:
-        self._timeout_seconds = timeout_seconds
-        self._resolve = resolve
-        self._changed = threading.Condition()
-        self._guards: dict[Guard, None] = {}  # under way, the oldest first
-        self._thread: threading.Thread | None = None
-        self._is_idle = False
-        self._is_closed = False
-
-    @contextlib.contextmanager
-    def guard(self, *, public_only: bool) -> Iterator[Guard]:
-        """Guard the connections of one attempt, those of this thread within the block.
-
-        Raises:
-            TimeoutError: In place of any failure, when the deadline has passed.
-        """
-        guard = self._begin(public_only=public_only)
-        token = _guard.set(guard)
-        try:
-            yield guard
-        except Exception:
-            guard.check()
-            raise
-        finally:
-            _guard.reset(token)
-            with self._changed:
-                self._guards.pop(guard, None)
-            guard.release()
-
-    def close(self) -> None:
-        """Let the thread end; attempts that are under way keep their deadline."""
-        with self._changed:
-            self._is_closed = True
-            is_idle = not self._guards
-            self._changed.notify()
-        if self._thread and is_idle:
-            self._thread.join()
-
-    def _begin(self, *, public_only: bool) -> Guard:
-        with self._changed:
-            self._start()
-            guard = Guard(
-                deadline=time.monotonic() + self._timeout_seconds,
-                public_only=public_only,
-                resolve=self._resolve,
-                lock=self._changed,
-            )
-            self._guards[guard] = None
-            if self._is_idle:
-                self._is_idle = False
-                self._changed.notify()
-            return guard
-
-    def _start(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("no attempt may begin any more: the service stops")
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-            thread.start()
-            self._thread = thread
-
-    def _run(self) -> None:
-        with self._changed:
-            while self._guards or not self._is_closed:
-                wait_seconds = self._cut_overdue()
-                self._is_idle = wait_seconds is None
-                self._changed.wait(wait_seconds)
-
-    def _cut_overdue(self) -> float | None:
-        """Return the seconds until the next deadline; None when there is none."""
-        for guard in list(self._guards):
-            left_seconds = guard.deadline - time.monotonic()
-            if left_seconds > 0:
-                return left_seconds
-            del self._guards[guard]
-            guard.cut()
-        return None
-
-
-class Pools:
-    """Connections that are kept, to the receivers that were reached last.
-
-    They work only inside `Watchdog.guard`, and obey it. The pools must serve attempts of one kind
-    only, those to any address or those to public ones: a connection that is kept is not checked
-    again.
-    """
-
-    def __init__(self, *, max_connections: int, ca_path: str) -> None:
-        # Its messages hold whole URLs, whose queries may be secret.
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
-        self._max_connections = max_connections
-        self._ca_path = ca_path
-        self._lock = threading.Lock()
-        self._pools: dict[tuple[str, str, int], HTTPConnectionPool] = {}  # used last is last
-
-    def of(self, url: str) -> HTTPConnectionPool:
-        """Return the connections to the origin of a URL that `origin` accepts."""
-        key = _split(url)[:3]
-        with self._lock:
-            pool = self._pools.pop(key, None) or self._make(*key)
-            self._pools[key] = pool
-            if len(self._pools) > MAX_ORIGINS:  # it closes itself when nobody uses it any more
-                del self._pools[next(iter(self._pools))]
-            return pool
-
-    def close(self) -> None:
-        """Close those that are not in use."""
-        with self._lock:
-            for pool in self._pools.values():
-                pool.close()
-            self._pools.clear()
-
-    def _make(self, scheme: str, host: str, port: int) -> HTTPConnectionPool:
-        if scheme == "http":
-            return _Pool(host, port, maxsize=self._max_connections)
-        context = tls_context(self._ca_path)
-        return _TLSPool(host, port, maxsize=self._max_connections, ssl_context=context)
-
-
-@functools.cache
-def tls_context(ca_path: str) -> ssl.SSLContext:
-    """Return what checks certificates and names against this CA bundle alone.
-
-    Made once, since reading a bundle takes 20 ms; by hand, since the default context obeys
-    environment variables.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(ca_path)
-    return context
-
-
-#: The guard of the attempt that this thread makes.
-_guard: ContextVar[Guard] = ContextVar("guard")
-
-
-class _Connection(HTTPConnection):
-    def _new_conn(self) -> socket.socket:
-        # Only the socket: the host stays, so that the certificate is checked against the name.
-        return _guard.get().connect(self._dns_host, self.port, self.socket_options)
-
-
-class _TLSConnection(_Connection, HTTPSConnection):
-    pass
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-    def _get_conn(self, timeout: float | None = None) -> Any:
-        connection: Any = super()._get_conn(timeout)
-        if connection.sock:
-            _guard.get().hold(connection.sock)
-        return connection
-
-    def _put_conn(self, conn: Any) -> None:
-        # First, or this attempt's deadline could cut the attempt that takes it next.
-        _guard.get().release()
-        super()._put_conn(conn)
-
-
-class _TLSPool(_Pool, HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection
-
-
-@functools.lru_cache(maxsize=1024)
-def _split(url: str) -> tuple[str, str, int, str]:
-    """Return scheme, host, port, and what follows them, or refuse the URL."""
-    match = _URL.fullmatch(url) if len(url) <= MAX_URL else None
-    if not match or match["host"].lower() != _library_host(url):
-        raise _refusal()
-    scheme, port = match["scheme"].lower(), match["port"]
-    return scheme, _canonical(match["host"].lower()), _checked_port(scheme, port), match["rest"]
-
-
-def _library_host(url: str) -> str | None:
-    """Return the host that the library will connect to."""
+def is_address(host: str) -> bool:
+    """Tell whether a host is an address, an IPv6 one perhaps in brackets."""
     try:
-        return urllib3.util.parse_url(url).host
-    except urllib3.exceptions.LocationParseError:
-        return None
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _canonical(host: str) -> str:
-    if _is_address(host):
+    if is_address(host):
         return f"[{ipaddress.IPv6Address(host[1:-1])}]" if host.startswith("[") else host
     if len(host) > 253 or host.startswith("[") or _NUMERIC_HOST.fullmatch(host):
         raise _refusal()
@@ -463,33 +191,27 @@ def _refusal() -> errors.ReceiverRefusedError:
     )
 
 
+def _encoded(rest: str) -> str:
+    """Return what follows the host, with percent signs for what a URL may not hold (RFC 3986)."""
+    path = rest if rest.startswith("/") or not rest else f"/{rest}"
+    return urllib.parse.quote(path, safe="!$%&'()*+,/:;=?@[]~")
+
+
 def _listed(entry: str) -> str:
     try:
-        scheme, host, port, rest = _split(entry)
-    except errors.ReceiverRefusedError:
-        rest = entry
-    if rest:
-        raise ValueError(f"{entry!r}: expected an origin such as https://example.com:8443, or *")
-    return f"{scheme}://{host}:{port}"
+        found = parts(entry)
+    except errors.ReceiverRefusedError as exc:
+        raise _no_origin(entry) from exc
+    if found.target:
+        raise _no_origin(entry)
+    return found.origin
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
+def _no_origin(entry: str) -> ValueError:
+    return ValueError(f"{entry!r}: expected an origin such as https://example.com:8443, or *")
 
 
 def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if ip in _NAT64:
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.ipv4_mapped or ip.sixtofour
-
-
-def _answer(resolve: Resolve, host: str, found: list[Sequence[str] | Exception]) -> None:
-    """Put into `found` what the look-up gives, whatever it is."""
-    try:
-        found.append(resolve(host))
-    except Exception as exc:  # noqa: BLE001 - raised again where it is awaited
-        found.append(exc)

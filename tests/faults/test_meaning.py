@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import pytest
-import urllib3
 
 from tests import receiver as script
 from tests import wire
@@ -71,13 +70,13 @@ def addresses(monkeypatch):
 
     connected: list[tuple[str, int]] = []
     real = socket.getaddrinfo
-    really_connect = urllib3.util.connection.create_connection
+    really_connect = socket.create_connection
     monkeypatch.setattr(
         socket,
         "getaddrinfo",
         lambda host, *rest, **more: (getaddrinfo if host in answers else real)(host, *rest, **more),
     )
-    monkeypatch.setattr(urllib3.util.connection, "create_connection", create_connection)
+    monkeypatch.setattr(socket, "create_connection", create_connection)
     answers["looked up"], answers["connected"] = looked_up, connected
     return answers
 
