@@ -158,14 +158,14 @@ class Journal:
             "finished_at": model.text_of(finished_at),
             "next_attempt_at": due_at and model.text_of(due_at),
             "source": source,
+            "body": event.body,
+            "result": event.result,
         }
 
         def work(connection: sqlite3.Connection) -> None:
-            seq = _moved(
-                connection, _END, row, wanted="canceled" if outcome is Outcome.CANCELED else "ended"
-            )
-            stored = {"seq": seq, "body": event.body, "result": event.result}
-            connection.execute(_KEEP_EVENT, stored)
+            wanted = "canceled" if outcome is Outcome.CANCELED else "ended"
+            _move(connection, _END, row, wanted=wanted)
+            connection.execute(_KEEP_EVENT, row)
 
         self._storage.write(work)
 
@@ -213,8 +213,8 @@ class Journal:
         }
 
         def work(connection: sqlite3.Connection) -> None:
-            seq = _moved(connection, _RECORD, row, wanted=f"made {state}")
-            connection.execute(_KEEP_ATTEMPT, {**row, "seq": seq})
+            _move(connection, _RECORD, row, wanted=f"made {state}")
+            connection.execute(_KEEP_ATTEMPT, row)
 
         self._storage.write(work)
         return state
@@ -241,7 +241,7 @@ class Journal:
         """
         row = {"id": job_id, "next_attempt_at": model.text_of(now)}
         self._storage.write(
-            lambda connection: _moved(connection, _RESEND, row, wanted="resent"),
+            lambda connection: _move(connection, _RESEND, row, wanted="resent"),
             promised=True,
         )
 
@@ -406,13 +406,11 @@ def _large(connection: sqlite3.Connection, statement: str, row: sqlite3.Row) -> 
     return bytes(connection.execute(statement, {"seq": row["seq"]}).fetchone()[0])
 
 
-def _moved(
+def _move(
     connection: sqlite3.Connection, statement: str, row: Mapping[str, Any], *, wanted: str
-) -> int:
-    """Make a move and return the job's row number."""
-    moved = connection.execute(statement, row).fetchall()
-    if moved:
-        return int(moved[0]["seq"])
+) -> None:
+    if connection.execute(statement, row).rowcount:
+        return
     found = connection.execute(_JOB, row).fetchone()
     if found is None:
         raise errors.JobNotFoundError(row["id"])
@@ -466,10 +464,12 @@ _END = """
     UPDATE jobs SET state = 'delivering', outcome = :outcome, finished_at = :finished_at,
                     next_attempt_at = :next_attempt_at
      WHERE id = :id AND state = :source
-    RETURNING seq
 """
 
-_KEEP_EVENT = "INSERT INTO events (seq, body, result) VALUES (:seq, :body, :result)"
+_KEEP_EVENT = """
+    INSERT INTO events (seq, body, result)
+    VALUES ((SELECT seq FROM jobs WHERE id = :id), :body, :result)
+"""
 
 _EVENT = "SELECT body FROM events WHERE seq = :seq"
 
@@ -495,12 +495,12 @@ _RECORD = """
     UPDATE jobs SET state = :state, attempts = :number, next_attempt_at = :next_attempt_at,
                     ended_at = :ended_at
      WHERE id = :id AND state = 'delivering' AND attempts = :number - 1
-    RETURNING seq
 """
 
 _KEEP_ATTEMPT = """
     INSERT INTO attempts (seq, number, attempted_at, duration_seconds, status_code, error)
-    VALUES (:seq, :number, :attempted_at, :duration_seconds, :status_code, :error)
+    VALUES ((SELECT seq FROM jobs WHERE id = :id), :number, :attempted_at, :duration_seconds,
+            :status_code, :error)
 """
 
 _PUT_OFF = """
@@ -517,7 +517,6 @@ _RESEND = """
     UPDATE jobs SET state = 'delivering', next_attempt_at = :next_attempt_at, ended_at = NULL,
                     resent_after = attempts
      WHERE id = :id AND state IN ('delivered', 'undelivered')
-    RETURNING seq
 """
 
 _RESUME_ATTEMPTS = """

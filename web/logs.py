@@ -56,6 +56,8 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     handler.setFormatter(JSONFormatter() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False
+    # Found out for each record, and written by none of our formats.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(capture=True)
     # It warns once for each request that waits for a thread: a flood under load.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -215,7 +217,9 @@ def _answer(
 
 def _log(answer: Answer) -> None:
     # Probes, scrapes and the page ask every few seconds: when all is well, nobody looks for them.
-    is_quiet = answer.method == "GET" and answer.status_code < 400
+    # A job that was accepted has a line of its own.
+    went_well = answer.status_code < 400
+    is_quiet = went_well and (answer.method == "GET" or answer.route == "/process")
     access_log.log(
         logging.DEBUG if is_quiet else logging.INFO,
         "answered",
