@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from typing import Protocol
 
-from jobs import analysis, errors, model
+from jobs import analysis, cores, errors, model
 from jobs.analysis import Analyze, Progress, Report
 
 #: How long a thread keeps the interpreter while others want it, in seconds. The 5 ms that Python
 #: has by default make each answer wait 5 ms for each analysis (see bench/executors.py).
-SWITCH_SECONDS = 0.005
+SWITCH_SECONDS = 0.001
 
 #: Seconds until a worker that would not start is tried again.
 RETRY_SECONDS = 1.0
@@ -85,7 +85,8 @@ class ThreadExecutor:
         """Return how the analysis of a payload ends."""
         self._running.add(job_id)
         try:
-            return analysis.run(self._analyze, body, report)
+            with cores.every():
+                return analysis.run(self._analyze, body, report)
         finally:
             self._running.discard(job_id)
 

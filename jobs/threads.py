@@ -10,6 +10,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from jobs import cores
+
 #: Threads that are kept, though they have nothing to do.
 MAX_IDLE = 64
 
@@ -44,6 +46,7 @@ class Threads:
             inbox.put(None)
 
     def _live(self, name: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        cores.keep_to_one()
         work(*args)
         inbox: SimpleQueue[_Work | None] = SimpleQueue()
         while not self._closed and len(self._idle) < MAX_IDLE:

@@ -25,7 +25,7 @@ from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 
-from jobs import errors
+from jobs import cores, errors
 from web import intake, logs
 
 #: The status of each error; a subclass stands before its base.
@@ -197,6 +197,7 @@ class Server:
         With 2,000 half-sent requests that alone more than doubles the p99 of the answers. Where
         the system has no epoll, its own loop must do.
         """
+        cores.keep_to_one()
         if not hasattr(select, "epoll"):
             self._server.run()
             return
@@ -274,6 +275,7 @@ class _Answerers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
+        cores.keep_to_one()
         while first := self._waiting.get():
             kept: list[_Channel] = []
             try:
