@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ PICTURE = "docs/bench.svg"
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what was started would stay
     print(f"{_machine()}\n")
     for part in options.parts or PARTS:
         PARTS[part](options)

@@ -28,6 +28,9 @@ LARGE = 1 << 18
 #: The longest wait, in seconds: the end of a load is looked for as often.
 TICK = 0.02
 
+#: So many connections may end without an answer in one load; then there is nobody to ask.
+MAX_BROKEN = 1000
+
 LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
 NUMBER = re.compile(rb'"n": *([0-9]{7})')
 #: Head and body are mostly sent apart. The kernel is asked to wake us once for a head and so many
@@ -129,7 +132,10 @@ class Bench:
         self._began = self._last_at = time.perf_counter()
         self._until = self._began + load.seconds
         try:
-            self._send_at_rate(watch) if load.rate else self._send(watch)
+            if load.rate:
+                self._send_at_rate(watch)
+            else:
+                self._send(watch)
             if not self._stopped:
                 self.finish(load.patience, watch=watch)
         finally:
@@ -271,6 +277,8 @@ class Bench:
 
     def broke(self, caller: "Caller") -> None:
         self.broken += 1
+        if self.broken > MAX_BROKEN:
+            raise RuntimeError(f"{self.broken} connections ended without an answer: is it gone?")
         self.unanswered -= 1
         self._places += 1
         self._idle.append(caller)
