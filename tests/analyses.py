@@ -219,3 +219,8 @@ def start_child(data: str) -> int:
     wait_for_file(f"{data}.go")
     child.terminate()
     return child.wait()
+
+
+def cores(data):
+    """Return how many cores this thread may use."""
+    return len(os.sched_getaffinity(0))

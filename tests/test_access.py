@@ -72,8 +72,16 @@ def test_a_long_path_is_cut(service, caplog, at_debug):
     [("GET", "/livez", logging.DEBUG), ("GET", "/none", logging.INFO), ("POST", "/livez", 20)],
 )
 @pytest.mark.usefixtures("at_debug")
-def test_only_a_get_that_went_well_is_quiet(service, caplog, method, path, level):
+def test_a_get_that_went_well_is_quiet(service, caplog, method, path, level):
     service.request(method, path)
+
+    assert access_line(caplog).levelno == level
+
+
+@pytest.mark.parametrize(("payload", "level"), [({"data": 1}, 10), ({}, 20)])
+@pytest.mark.usefixtures("at_debug")
+def test_an_accepted_job_is_quiet_as_it_has_a_line_already(service, caplog, payload, level):
+    service.post("/process", json=payload)
 
     assert access_line(caplog).levelno == level
 

@@ -5,7 +5,9 @@ import json
 import logging
 import re
 import shlex
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -193,3 +195,79 @@ def test_a_broken_stream_stops_nobody(capsys):
     log.info("phrase")
 
     assert capsys.readouterr() == ("", "")
+
+
+class Held(io.StringIO):
+    """A stream that takes nothing until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.let = threading.Event(), threading.Event()
+
+    def write(self, text: str) -> int:
+        self.entered.set()
+        assert self.let.wait(10)
+        return super().write(text)
+
+
+def held() -> tuple[Held, threading.Thread]:
+    """Return a stream, and the thread that is writing the line `first` to it."""
+    stream = Held()
+    logs.configure("info", "text", stream)
+    thread = threading.Thread(target=log.info, args=["first"])
+    thread.start()
+    assert stream.entered.wait(5)
+    return stream, thread
+
+
+def test_nobody_waits_for_a_thread_that_writes_and_no_line_is_lost():
+    stream, thread = held()
+
+    log.info("second")
+    log.info("third")
+
+    assert stream.getvalue() == ""
+    stream.let.set()
+    thread.join(5)
+    assert re.findall(r"postback (\w+)", stream.getvalue()) == ["first", "second", "third"]
+
+
+def test_of_what_nobody_reads_the_oldest_lines_go(monkeypatch):
+    monkeypatch.setattr(logs, "MAX_LINES", 2)
+    stream, thread = held()
+
+    for word in ("second", "third", "fourth"):
+        log.info(word)
+
+    stream.let.set()
+    thread.join(5)
+    assert re.findall(r"postback (\w+)", stream.getvalue()) == ["first", "third", "fourth"]
+
+
+def test_a_flush_waits_for_what_is_being_written_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(logs, "FLUSH_SECONDS", 0.05)
+    stream, thread = held()
+
+    logging.getLogger().handlers[0].flush()
+
+    stream.let.set()
+    thread.join(5)
+    log.info("second")
+    logging.getLogger().handlers[0].flush()
+    assert "second" in stream.getvalue()
+
+
+def test_lines_of_many_threads_are_whole():
+    stream = io.StringIO()
+    logs.configure("info", "text", stream)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: log.info("line %d", number), range(1000)))
+
+    found = re.findall(r'"?line (\d+)"?\n', stream.getvalue())
+
+    assert sorted(map(int, found)) == list(range(1000))
+    assert stream.getvalue().count("\n") == 1000
+
+
+def test_a_message_that_does_not_fit_its_values_stops_nobody():
+    assert written("text", lambda: log.info("%d", "no number")) == ""

@@ -1,5 +1,6 @@
 """What every answer has in common, seen from the socket."""
 
+import contextlib
 import json
 import resource
 import select
@@ -10,7 +11,9 @@ import pytest
 import requests
 
 from jobs import errors
+from tests.harness import poll
 from tests.wire import answer, chunked, connected, exchange, padded, post
+from tests.wire import get as wire_get
 from web import server
 from web.server import CONNECTIONS, STATUS_CODES, Application, Server
 
@@ -20,15 +23,16 @@ MAX_BODY = 1000
 @pytest.fixture
 def serve():
     """Return a function that serves one handler at GET /, and gives the URL of the server."""
-    servers = []
+    servers: list[Server] = []
 
-    def serve(handler, *, host="127.0.0.1", settle=lambda: None):
+    def serve(handler, *, host="127.0.0.1", settle=lambda: None, **hooks):
         application = Application()
         application.serve("GET", "/", handler)
         servers.append(Server(host=host, port=0, max_body_bytes=MAX_BODY))
-        servers[-1].start(application, settle=settle)
+        servers[-1].start(application, settle=settle, **hooks)
         return f"http://{f'[{host}]' if ':' in host else host}:{servers[-1].port}"
 
+    serve.servers = servers  # type: ignore[attr-defined]
     yield serve
 
     for one in servers:
@@ -319,3 +323,94 @@ def test_a_stop_ends_the_connections_that_are_open(start):
         service.restart()
 
         assert stream.read() == b""
+
+
+# Answers that are kept until they are settled
+
+
+class At:
+    """Where a server answers, for tests/wire.py."""
+
+    def __init__(self, url: str) -> None:
+        self.base_url = url
+
+
+def test_no_answer_leaves_before_it_is_settled(serve):
+    entered, release = threading.Event(), threading.Event()
+
+    def settle():
+        entered.set()
+        assert release.wait(10)
+
+    with connected(At(serve(lambda: {"a": 1}, settle=settle))) as (conn, stream):
+        conn.sendall(wire_get("/"))
+        assert entered.wait(5)
+        readable, _, _ = select.select([conn], [], [], 0.05)
+        assert not readable
+        release.set()
+        assert answer(stream)[0] == 200
+
+
+def test_what_cannot_be_settled_is_never_answered(serve, caplog):
+    def settle():
+        raise errors.JournalLostError("the disk failed")
+
+    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), wire_get("/")) == (0, {}, b"")
+    assert not caplog.records
+
+
+def test_a_settle_that_breaks_its_promise_is_logged_and_answers_nothing(serve, caplog):
+    def settle():
+        raise ValueError("odd")
+
+    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), wire_get("/")) == (0, {}, b"")
+    assert caplog.messages == ["requests not answered"]
+
+
+def test_requests_that_come_together_are_settled_together(serve, monkeypatch):
+    monkeypatch.setattr(server, "THREADS", 1)
+    entered, release, settled = threading.Event(), threading.Event(), []
+
+    def settle():
+        settled.append(1)
+        entered.set()
+        assert release.wait(10)
+
+    at = At(serve(lambda: {"a": 1}, settle=settle))
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(connected(at)) for _ in range(6)]
+        ends[0][0].sendall(wire_get("/"))
+        assert entered.wait(5)
+        for conn, _ in ends[1:]:
+            conn.sendall(wire_get("/"))
+        waiting = serve.servers[-1]._answerers._waiting
+        poll(lambda: waiting.qsize() == 5, "the others wait")
+        release.set()
+        assert [answer(stream)[0] for _, stream in ends] == [200] * 6
+
+    assert len(settled) == 2
+
+
+def test_pipelined_answers_are_kept_together_and_leave_in_order(serve):
+    counted = iter(range(100))
+
+    with connected(At(serve(lambda: {"n": next(counted)}))) as (conn, stream):
+        conn.sendall(wire_get("/") * 20)
+        found = [json.loads(answer(stream)[2])["n"] for _ in range(20)]
+
+    assert found == list(range(20))
+
+
+def test_a_large_answer_is_sent_whole(serve):
+    text = "x" * (20 * 1024 * 1024)
+
+    assert len(get(serve(lambda: {"a": text})).json()["a"]) == len(text)
+
+
+def test_who_wants_to_hear_is_told_after_the_answer(serve):
+    left = threading.Event()
+    url = serve(lambda: {"a": 1}, on_answered=left.set)
+
+    assert get(url).status_code == 200
+
+    assert left.wait(5)
