@@ -255,11 +255,13 @@ class Service:
             base_url=self.base_url,
         )
         self.runner.start()
-        self._server.start(
-            logs.watched(api.application(), self._metrics.answered),
-            settle=self._journal.settle,
-            on_answered=self.runner.start_accepted,
-        )
+        watched = logs.Watched(api.application(), self._metrics.answered)
+
+        def on_answered() -> None:
+            self.runner.start_accepted()
+            watched.tell()
+
+        self._server.start(watched, settle=self._journal.settle, on_answered=on_answered)
 
     def check(self) -> None:
         """Try what can be tried without the journal and the address.

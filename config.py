@@ -143,10 +143,14 @@ class Config:
     api_token: str | None = _env(word, None, "token that callers must send", secret=True)
     analysis: str = _env(word, "processing:analyze", "your function, as package.module:function")
     executor: str = _env(
-        choice("thread", "process", "dask"), "thread", "where the analysis runs: or process, dask"
+        choice("thread", "process", "dask"),
+        "thread",
+        "where the analysis runs: thread, process or dask",
     )
-    workers: int | None = _env(count, None, "child processes; unset: as many as cores")
-    dask_scheduler: str | None = _env(scheduler, None, "such as tcp://127.0.0.1:8786")
+    workers: int | None = _env(count, None, "children of EXECUTOR=process; unset: as many as cores")
+    dask_scheduler: str | None = _env(
+        scheduler, None, "for EXECUTOR=dask, such as tcp://127.0.0.1:8786"
+    )
     dask_upload: Path | None = _env(upload, None, "a .py, .zip or .egg file for the Dask workers")
     job_timeout_seconds: float | None = _env(timeout, "none", "how long an analysis may take")
     max_running: int = _env(count, "32", "analyses at once")
@@ -173,7 +177,9 @@ class Config:
     )
     postback_max_bytes: int = _env(size, "1MiB", "a larger event has a link in place of the result")
     drain_seconds: float = _env(duration, "25s", "how long a stop waits for what is under way")
-    log_level: str = _env(choice("debug", "info", "warning", "error"), "info", "least level")
+    log_level: str = _env(
+        choice("debug", "info", "warning", "error"), "info", "the least that is logged"
+    )
     log_format: str = _env(choice("text", "json"), "text", "text or json")
 
 

@@ -6,7 +6,9 @@ core; what they analyze, and the processes that are started, may use every one.
 """
 
 import contextlib
+import functools
 import os
+import random
 from collections.abc import Iterator
 
 #: Whether the system can do that.
@@ -16,8 +18,7 @@ _CAN = hasattr(os, "sched_setaffinity")
 def keep_to_one() -> None:
     """Keep this thread, and those it will start, to the core that serves."""
     if _CAN:
-        cores = sorted(_every())
-        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+        _keep_to({_serving()})
 
 
 @contextlib.contextmanager
@@ -27,11 +28,22 @@ def every() -> Iterator[None]:
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _every())
+    _keep_to(_every())
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        _keep_to(before)
+
+
+def _keep_to(cores: set[int]) -> None:
+    with contextlib.suppress(OSError):  # it is forbidden, or those cores are gone
+        os.sched_setaffinity(0, cores)
+
+
+@functools.cache
+def _serving() -> int:
+    # By chance, not by the process id, which in a container is always 1.
+    return random.choice(sorted(_every()))
 
 
 def _every() -> set[int]:

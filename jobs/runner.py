@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
-from jobs import errors, model
+from jobs import cores, errors, model
 from jobs.analysis import Progress
 from jobs.executors import Executor
 from jobs.journal import Journal
@@ -127,13 +127,13 @@ class Runner:
         self._observer = observer or Observer()
         self._clock = clock
         self._threads = Threads()
+        self._of_thread = threading.local()  # jobs that a thread has accepted, and not started yet
         self._lock = threading.Lock()  # guards what follows, for a few lines at a time
         self._idle = threading.Condition(self._lock)
         self._woken = threading.Condition(self._lock)
         self._wake_at = math.inf  # when the scheduler looks again (monotonic)
         self._accepting = 0  # jobs that are being committed
         self._waiting = 0  # jobs in the journal that need a thread
-        self._begun: deque[tuple[model.Job, bytes]] = deque()  # accepted, and not started yet
         self._starting = 0  # threads that have not begun their job yet
         self._running: dict[str, float] = {}  # job id: when it times out (monotonic)
         self._progress: dict[str, Progress] = {}  # of those that told any
@@ -200,15 +200,12 @@ class Runner:
         return accepted
 
     def start_accepted(self) -> None:
-        """Start the jobs that were accepted; call it once they are settled and answered.
+        """Start the jobs that this thread has accepted; call it once they are answered.
 
         Not before: their threads would hold up the answers.
         """
-        while True:
-            try:
-                job, body = self._begun.popleft()
-            except IndexError:
-                break
+        begun: list[tuple[model.Job, bytes]] = vars(self._of_thread).pop("begun", [])
+        for job, body in begun:
             self._start_begun(job, body)
         self._start_waiting()
 
@@ -308,19 +305,24 @@ class Runner:
             self._starting -= begins
             if begins and accepted:
                 self._note_running(job.id)
-                self._begun.append((job, body))
+                vars(self._of_thread).setdefault("begun", []).append((job, body))
             elif not accepted:  # refused, or another was first with this key
                 self._waiting -= not begins
             self._notify_if_idle()
 
     def _start_begun(self, job: model.Job, body: bytes) -> None:
+        if self._stopped.is_set():  # it is put back
+            return
         if self._start_thread(job.id, self._work_on, job, body):
             return
+        returned = 0
+        with contextlib.suppress(errors.JournalError):  # the process is about to end
+            returned = self._insist(lambda: self._journal.put_back([job.id]))
         with self._lock:  # it waits in the journal, as if it had not begun
             del self._running[job.id]
-            self._waiting += 1
-        with contextlib.suppress(errors.JournalError):  # the process is about to end
-            self._insist(lambda: self._journal.put_back([job.id]))
+            self._outlived.discard(job.id)
+            self._waiting += returned
+            self._notify_if_idle()
 
     def _count_waiting(self, change: int) -> None:
         with self._lock:
@@ -556,6 +558,7 @@ class Runner:
     # The scheduler's thread
 
     def _schedule(self) -> None:
+        cores.keep_to_one()
         while not self._stopped.is_set():
             seconds = RETRY_SECONDS
             try:

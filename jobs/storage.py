@@ -73,7 +73,8 @@ class Storage:
         self._schema = schema
         self._on_lost = on_lost
         self._on_settled = on_settled
-        self._lock = threading.Lock()  # guards the connection, and what follows
+        self._lost_for_good: errors.JournalLostError | None = None  # once set it stays; no lock
+        self._lock = threading.Lock()  # guards the connection, and changes of what follows
         self._lock_file: IO[str] | None = None
         self._failure: errors.JournalError | None = None
         self._promises = 0  # writes that an answer depends on
@@ -118,10 +119,10 @@ class Storage:
     @property
     def failure(self) -> errors.JournalError | None:
         """Why the last commit failed, or the next one would; None when there is no reason."""
-        if self._log_file is not None and not isinstance(self._failure, errors.JournalLostError):
+        if self._log_file is not None and not self._lost_for_good:
             with contextlib.suppress(errors.JournalLostError):
                 self._refuse_replaced()
-        return self._failure
+        return self._lost_for_good or self._failure
 
     def read(self, statement: str, parameters: Mapping[str, Any]) -> list[sqlite3.Row]:
         """Return the rows of a SELECT.
@@ -164,6 +165,8 @@ class Storage:
             JournalError: It may not survive.
         """
         wanted = self._promises
+        if self._settled >= wanted:  # without a wait for one whose disk hangs
+            return
         with self._disk:
             if self._settled >= wanted:
                 return
@@ -214,10 +217,11 @@ class Storage:
     def _synchronise(self) -> None:
         if self._log_file is None:
             raise errors.JournalError("The journal is closed: the service is stopping.")
-        if isinstance(self._failure, errors.JournalLostError):
-            raise self._failure
+        if self._lost_for_good:
+            raise self._lost_for_good
         try:
-            os.fdatasync(self._log_file)
+            # Where there is no fdatasync, as on macOS, fsync does more than is needed.
+            getattr(os, "fdatasync", os.fsync)(self._log_file)
         except OSError as exc:
             raise self._lost(f"The journal can no longer be trusted: {exc}.") from exc
 
@@ -228,8 +232,8 @@ class Storage:
                 connection.execute("ROLLBACK")
 
     def _open_connection(self) -> sqlite3.Connection:
-        if isinstance(self._failure, errors.JournalLostError):
-            raise self._failure
+        if self._lost_for_good:
+            raise self._lost_for_good
         if not hasattr(self, "_connection"):
             raise errors.JournalError("The journal is closed: the service is stopping.")
         return self._connection
@@ -250,8 +254,7 @@ class Storage:
         return self._failure
 
     def _lost(self, message: str) -> errors.JournalLostError:
-        lost = errors.JournalLostError(message)
-        self._failure = lost
+        lost = self._lost_for_good = errors.JournalLostError(message)
         log.critical("journal lost", extra={"error": message})
         self._on_lost()
         return lost

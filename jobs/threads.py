@@ -4,6 +4,7 @@ Knows when a thread is started. A new one costs several times what it costs to w
 first it runs slowly: with a new thread for each job a quarter of the jobs a second were lost.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -42,8 +43,9 @@ class Threads:
     def close(self) -> None:
         """End the threads that do nothing, and each other one once it is done."""
         self._closed = True
-        for inbox in list(self._idle):
-            inbox.put(None)
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().put(None)
 
     def _live(self, name: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
         cores.keep_to_one()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import threading
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ def test_an_answer_is_a_line_with_status_and_milliseconds(service, caplog, at_de
     assert (line.message, line.method, line.path) == ("answered", "POST", "/process")
     assert (line.status_code, line.job_id) == (200, job_id)
     assert 0 <= line.ms < 10_000
+
+
+def test_the_milliseconds_of_an_answer_include_the_wait_for_the_disk(
+    service, caplog, at_debug, monkeypatch
+):
+    sync = os.fdatasync
+    slow = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda fd: slow.wait(0.05) or sync(fd))
+
+    service.process({"data": 1})
+
+    assert access_line(caplog).ms >= 50
 
 
 def test_the_query_is_in_no_line(service, caplog, at_debug):

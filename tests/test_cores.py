@@ -78,6 +78,20 @@ def test_where_there_is_no_affinity_nothing_is_asked(monkeypatch):
     assert in_a_thread(work) == EVERY
 
 
+def test_what_the_system_forbids_fails_nobody(monkeypatch):
+    def forbid(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbid)
+
+    def work():
+        cores.keep_to_one()
+        with cores.every():
+            return allowed()
+
+    assert in_a_thread(work) == EVERY
+
+
 def test_the_workers_of_a_service_may_use_every_core(start):
     service = start(EXECUTOR="process", ANALYSIS="tests.analyses:cores", WORKERS="1")
 

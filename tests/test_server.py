@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 
+import bottle
 import pytest
 import requests
 
@@ -28,6 +29,7 @@ def serve():
     def serve(handler, *, host="127.0.0.1", settle=lambda: None, **hooks):
         application = Application()
         application.serve("GET", "/", handler)
+        application.serve("POST", "/", handler)
         servers.append(Server(host=host, port=0, max_body_bytes=MAX_BODY))
         servers[-1].start(application, settle=settle, **hooks)
         return f"http://{f'[{host}]' if ':' in host else host}:{servers[-1].port}"
@@ -325,6 +327,22 @@ def test_a_stop_ends_the_connections_that_are_open(start):
         assert stream.read() == b""
 
 
+@pytest.mark.parametrize(
+    ("sent", "status_code"),
+    [
+        (post(length=10**9), 413),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
+        (post(extra="Transfer-Encoding: gzip\r\n"), 501),
+    ],
+)
+def test_what_the_server_itself_refuses_is_a_problem_too(echo, sent, status_code):
+    found, headers, body = exchange(echo, sent)
+
+    assert (found, json.loads(body)["status"]) == (status_code, status_code)
+    assert headers["Content-Type"] == "application/problem+json"
+
+
 # Answers that are kept until they are settled
 
 
@@ -335,6 +353,11 @@ class At:
         self.base_url = url
 
 
+def promise() -> bytes:
+    """Return a request whose answer may promise something."""
+    return post(path="/")
+
+
 def test_no_answer_leaves_before_it_is_settled(serve):
     entered, release = threading.Event(), threading.Event()
 
@@ -343,7 +366,7 @@ def test_no_answer_leaves_before_it_is_settled(serve):
         assert release.wait(10)
 
     with connected(At(serve(lambda: {"a": 1}, settle=settle))) as (conn, stream):
-        conn.sendall(wire_get("/"))
+        conn.sendall(promise())
         assert entered.wait(5)
         readable, _, _ = select.select([conn], [], [], 0.05)
         assert not readable
@@ -355,7 +378,7 @@ def test_what_cannot_be_settled_is_never_answered(serve, caplog):
     def settle():
         raise errors.JournalLostError("the disk failed")
 
-    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), wire_get("/")) == (0, {}, b"")
+    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), promise()) == (0, {}, b"")
     assert not caplog.records
 
 
@@ -363,7 +386,7 @@ def test_a_settle_that_breaks_its_promise_is_logged_and_answers_nothing(serve, c
     def settle():
         raise ValueError("odd")
 
-    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), wire_get("/")) == (0, {}, b"")
+    assert exchange(At(serve(lambda: {"a": 1}, settle=settle)), promise()) == (0, {}, b"")
     assert caplog.messages == ["requests not answered"]
 
 
@@ -379,16 +402,75 @@ def test_requests_that_come_together_are_settled_together(serve, monkeypatch):
     at = At(serve(lambda: {"a": 1}, settle=settle))
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(connected(at)) for _ in range(6)]
-        ends[0][0].sendall(wire_get("/"))
+        ends[0][0].sendall(promise())
         assert entered.wait(5)
         for conn, _ in ends[1:]:
-            conn.sendall(wire_get("/"))
+            conn.sendall(promise())
         waiting = serve.servers[-1]._answerers._waiting
         poll(lambda: waiting.qsize() == 5, "the others wait")
         release.set()
         assert [answer(stream)[0] for _, stream in ends] == [200] * 6
 
     assert len(settled) == 2
+
+
+def test_what_promises_nothing_waits_for_no_disk(serve):
+    url = serve(lambda: {"a": 1}, settle=lambda: pytest.fail("settled"))
+
+    assert get(url).status_code == 200
+
+
+def test_a_request_that_may_take_long_holds_up_no_promise(serve, monkeypatch):
+    monkeypatch.setattr(server, "THREADS", 1)
+    entered, release, order = threading.Event(), threading.Event(), []
+
+    def handle():
+        order.append(bottle.request.method)
+        entered.set()
+        assert release.wait(10)
+        return {"a": 1}
+
+    at = At(serve(handle, settle=lambda: order.append("settled")))
+    with connected(at) as (first, first_answer), connected(at) as (second, second_answer):
+        first.sendall(promise())
+        assert entered.wait(5)
+        second.sendall(wire_get("/"))
+        waiting = serve.servers[-1]._answerers._waiting
+        poll(lambda: waiting.qsize() == 1, "the second waits")
+        release.set()
+        assert (answer(first_answer)[0], answer(second_answer)[0]) == (200, 200)
+
+    assert order == ["POST", "settled", "GET"]
+
+
+def test_a_stop_lets_the_answer_that_is_being_settled_leave(serve):
+    entered, release = threading.Event(), threading.Event()
+
+    def settle():
+        entered.set()
+        assert release.wait(10)
+
+    at = At(serve(lambda: {"a": 1}, settle=settle))
+    with connected(at) as (conn, stream):
+        conn.sendall(promise())
+        assert entered.wait(5)
+        stopping = threading.Thread(target=serve.servers.pop().stop)
+        stopping.start()
+        release.set()
+        assert answer(stream)[0] == 200
+        stopping.join(10)
+
+
+def test_who_asks_for_more_than_he_takes_is_cut_off(serve, monkeypatch):
+    monkeypatch.setattr(server, "MAX_UNSENT_BYTES", 1_000_000)
+    at = At(serve(lambda: {"a": "x" * 8_000_000}))
+
+    with connected(at) as (conn, stream):
+        conn.sendall(wire_get("/") * 50)
+        threading.Event().wait(0.2)
+        received = len(stream.read())
+
+    assert received < 50 * 8_000_000
 
 
 def test_pipelined_answers_are_kept_together_and_leave_in_order(serve):

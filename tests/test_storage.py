@@ -555,6 +555,27 @@ def test_a_failed_sync_loses_the_journal(opened, monkeypatch, caplog):
     assert caplog.messages == ["journal lost"]
 
 
+def test_a_journal_that_was_lost_during_a_transaction_stays_lost(opened, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def lose(connection):
+        monkeypatch.setattr(os, "fdatasync", fail)
+        opened._promises += 1
+        with pytest.raises(errors.JournalLostError):
+            opened.settle()
+        monkeypatch.undo()
+        connection.execute("INSERT INTO notes VALUES ('after')")
+
+    opened.write(lose)  # it had begun before
+
+    assert isinstance(opened.failure, errors.JournalLostError)
+    with pytest.raises(errors.JournalLostError):
+        opened.settle()
+    with pytest.raises(errors.JournalLostError):
+        opened.note("later")
+
+
 def test_a_closed_journal_settles_nothing(opened):
     opened.write(noting("a"), promised=True)
     opened.close()

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import certifi
@@ -172,6 +173,7 @@ def serves_again(one: Transport, answer: bytes) -> bool:
         b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
         b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200\nContent-Length: 2\n\nok",
         b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;a=b\r\nok\r\n0\r\n\r\n",
@@ -192,7 +194,8 @@ def test_a_connection_serves_again_once_its_answer_is_whole(transport_with, answ
         b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\nHTTP/1.1 200 OK",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\na: b\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 200,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 3000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 10_000,
         b"HTTP/1.1 200 OK\r\nContent-Length: 1, 2\r\n\r\n",
         b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
     ],
@@ -217,6 +220,20 @@ def test_a_kept_connection_that_was_closed_is_not_used(transport_with):
 
     assert answer.status_code == 204
     assert len(second.requests) == 1
+
+
+def test_a_connection_that_fails_takes_those_beside_it_along(transport_with):
+    one = transport_with()
+    with Receiver() as receiver:
+        together = threading.Barrier(2)
+        receiver.default = lambda *_: together.wait(5) * 0 + 200
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: post(one, receiver.url), range(2)))
+        receiver.default = lambda *_: None
+        with pytest.raises(http.client.RemoteDisconnected):
+            post(one, receiver.url)
+
+        assert not one._kept
 
 
 def test_connections_are_kept_to_the_last_few_receivers(transport_with, monkeypatch):

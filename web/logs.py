@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -32,6 +33,9 @@ MAX_PATH = 200
 #: Lines kept while the stream takes none; the oldest go first. A log that nobody reads must not
 #: stop the service.
 MAX_LINES = 10_000
+
+#: Characters written at once: as many as a pipe takes that takes any (PIPE_BUF, pipe(7)).
+PIECE = 1024
 
 #: Seconds that the end of the process waits for the last lines.
 FLUSH_SECONDS = 1.0
@@ -59,9 +63,6 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     # Found out for each record, and written by none of our formats.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(capture=True)
-    # It warns once for each request that waits for a thread: a flood under load.
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def _is_terminal(stream: TextIO) -> bool:
@@ -96,22 +97,44 @@ class Handler(logging.Handler):
         except Exception:  # noqa: BLE001 - a library's message that does not fit its values
             self.handleError(record)
         while self._lines and self._writing.acquire(blocking=False):
-            self._write()
+            if not self._write():
+                return  # it goes with the next line
 
     def flush(self) -> None:
         """Wait until what was logged is written, but not for ever."""
-        if self._writing.acquire(timeout=FLUSH_SECONDS):
-            self._write()
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._lines and self._writing.acquire(timeout=max(0, deadline - time.monotonic())):
+            if not self._write(max(0.0, deadline - time.monotonic())):
+                return
 
-    def _write(self) -> None:
+    def _write(self, patience_seconds: float = 0.0) -> bool:
+        """Write as much as the stream takes; return whether that was something."""
         try:
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            self._stream.write("".join(lines))
+            if not _takes_more(self._stream, patience_seconds):
+                return False
+            text = self._lines.popleft()
+            while self._lines and len(text) + len(self._lines[0]) <= PIECE:
+                text += self._lines.popleft()
+            if text[PIECE:]:
+                self._lines.appendleft(text[PIECE:])
+            self._stream.write(text[:PIECE])
             self._stream.flush()
         except Exception:  # noqa: BLE001, S110 - no stream, a closed one, or a full disk
             pass  # must not stop the service
         finally:
             self._writing.release()
+        return True
+
+
+def _takes_more(stream: TextIO, patience_seconds: float) -> bool:
+    """Tell whether a write would not wait; a pipe that nobody reads takes none."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):  # no file
+        return True
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    return bool(poller.poll(patience_seconds * 1000))
 
 
 class TextFormatter(logging.Formatter):
@@ -160,6 +183,7 @@ class Answer:
     Attributes:
         path: As it came, without the query, which may hold secrets.
         route: The rule that took it, such as `/jobs/<job_id>`; "none" where no rule did.
+        seconds: From the request to the moment at which the answer has left.
         error: Why it was refused, if it was by an error of ours.
         job_id: The job that was accepted, or that the path names.
     """
@@ -173,35 +197,44 @@ class Answer:
     job_id: str | None
 
 
-def watched(application: WSGI, on_answer: Callable[[Answer], None] = lambda _: None) -> WSGI:
-    """Return the application, with one access line for each answer.
+class Watched:
+    """An application whose answers are told of once they have left: a log line for each.
 
     Args:
         application: Leaves its route in `bottle.route` and its error in `postback.error`.
         on_answer: Is told of each answer, too.
     """
 
-    def watching(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def __init__(
+        self, application: WSGI, on_answer: Callable[[Answer], None] = lambda _: None
+    ) -> None:
+        self._application = application
+        self._on_answer = on_answer
+        self._of_thread = threading.local()
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Answer, and keep in mind what to tell."""
         began = time.perf_counter()
-        started: list[Any] = ["500", []]
 
         def start(status: str, headers: Any, exc_info: Any = None) -> Any:
-            started[:] = status, headers
+            answer = _answer(environ, int(status[:3]), dict(headers))
+            vars(self._of_thread).setdefault("kept", []).append((answer, began))
             return start_response(status, headers, exc_info)
 
-        body = application(environ, start)
-        status, headers = started
-        answer = _answer(environ, int(status[:3]), dict(headers), time.perf_counter() - began)
-        _log(answer)
-        on_answer(answer)
-        return body
+        return self._application(environ, start)
 
-    return watching
+    def tell(self) -> None:
+        """Tell of what this thread has answered: it has left."""
+        kept, self._of_thread.kept = vars(self._of_thread).get("kept", ()), []
+        for answer, began in kept:
+            told = replace(answer, seconds=time.perf_counter() - began)
+            _log(told)
+            self._on_answer(told)
 
 
-def _answer(
-    environ: Mapping[str, Any], status_code: int, headers: Mapping[str, str], seconds: float
-) -> Answer:
+def _answer(environ: Mapping[str, Any], status_code: int, headers: Mapping[str, str]) -> Answer:
     route = environ.get("bottle.route")
     accepted = headers.get("Location", "").removeprefix("/jobs/")
     return Answer(
@@ -209,7 +242,7 @@ def _answer(
         path=environ["PATH_INFO"],
         route=route.rule if route else "none",
         status_code=status_code,
-        seconds=seconds,
+        seconds=0.0,
         error=environ.get("postback.error"),
         job_id=accepted or environ.get("route.url_args", {}).get("job_id"),
     )
@@ -219,7 +252,7 @@ def _log(answer: Answer) -> None:
     # Probes, scrapes and the page ask every few seconds: when all is well, nobody looks for them.
     # A job that was accepted has a line of its own.
     went_well = answer.status_code < 400
-    is_quiet = went_well and (answer.method == "GET" or answer.route == "/process")
+    is_quiet = went_well and (answer.method in ("GET", "HEAD") or answer.route == "/process")
     access_log.log(
         logging.DEBUG if is_quiet else logging.INFO,
         "answered",

@@ -24,6 +24,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask
 
 from jobs import cores, errors
 from web import intake, logs
@@ -55,7 +56,10 @@ THREADS = 4
 #: Answers that one thread keeps at most, before it lets them go.
 MAX_KEPT = 32
 
-#: Until a stop no longer waits for them.
+#: A connection to which so much is unsent is closed, if its caller asks for more.
+MAX_UNSENT_BYTES = 16 * 1024 * 1024
+
+#: Until a stop no longer waits for the threads that answer.
 SHUTDOWN_SECONDS = 5.0
 
 #: Connections at most; a half-sent request holds one until it has been silent for the timeout.
@@ -94,10 +98,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         status_code = res.status_code
         detail = res.body if isinstance(res, Problem) else _DETAILS.get(status_code, res.body)
         bottle.response.content_type = "application/problem+json"
-        title = HTTPStatus(status_code).phrase
-        return json.dumps(
-            {"type": "about:blank", "title": title, "status": status_code, "detail": detail}
-        )
+        return _document(status_code, detail)
 
     def _guarded(self, handler: Handler, *, open_to_all: bool) -> Handler:
         """Wrap a handler: the token first, and then whatever it raises becomes a problem."""
@@ -120,6 +121,13 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         given = intake.bearer_token(bottle.request.environ) or ""
         if not hmac.compare_digest(given.encode(), expected.encode()):
             raise errors.UnauthorizedError("Send the token as Authorization: Bearer <API_TOKEN>.")
+
+
+def _document(status_code: int, detail: str) -> str:
+    title = HTTPStatus(status_code).phrase
+    return json.dumps(
+        {"type": "about:blank", "title": title, "status": status_code, "detail": detail}
+    )
 
 
 def problem(exc: errors.Error) -> Problem:
@@ -184,12 +192,12 @@ class Server:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close every connection, and end the threads that answer."""
+        """Answer what was asked, and close every connection."""
+        self._answerers.shutdown()
         sockets = self._server._map  # noqa: SLF001 - waitress has no other way to stop from outside
         with contextlib.suppress(OSError):  # it was awake, and has closed its own end already
             self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
         self._thread.join(SILENCE_SECONDS)
-        self._answerers.shutdown()
 
     def _run(self) -> None:
         """Do what waitress's own loop does, without asking every silent connection at each turn.
@@ -209,9 +217,22 @@ class Server:
                     _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
 
 
+class _Refusal(ErrorTask):  # type: ignore[misc]
+    """What waitress itself refuses, before the application is asked: a problem like any other."""
+
+    def execute(self) -> None:
+        self.status = f"{self.request.error.code} {self.request.error.reason}"
+        body = _document(self.request.error.code, f"{self.request.error.body}.").encode()
+        self.response_headers.append(("Content-Type", "application/problem+json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection that keeps its answers until they may leave."""
 
+    error_task_class = _Refusal
     kept = 0  # answers that may not leave yet
 
     def keep(self) -> None:
@@ -222,7 +243,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def release(self) -> None:
         """Send what was kept, unless more is to be kept."""
         with self.outbuf_lock:
-            if self.kept == 1:
+            if self.kept == 1 and self.connected:
                 self._flush_exception(super()._flush_some, do_close=False)
             self.kept -= 1  # only now: from here on the server itself may send what is left
 
@@ -280,32 +301,49 @@ class _Answerers:
             kept: list[_Channel] = []
             try:
                 self._answer(first, kept)
-                self._settle()
             except BaseException as exc:
                 if not isinstance(exc, errors.JournalError):  # that was logged where it was seen
                     log.exception("requests not answered")
-                for channel in kept:
+                for channel in kept:  # no answer may promise what is not kept
                     channel.drop()
-            else:
-                for channel in kept:
-                    channel.release()
-            first.server.trigger.pull_trigger()
-            self._on_answered()
+            try:
+                first.server.trigger.pull_trigger()
+                self._on_answered()
+            except Exception:
+                log.exception("answers not followed up")
         self._waiting.put(None)  # for the next one
 
-    def _answer(self, channel: _Channel | None, kept: list[_Channel]) -> None:
-        """Answer one request and those that wait behind it, and keep the answers."""
+    def _answer(self, first: _Channel, kept: list[_Channel]) -> None:
+        """Answer one request and those that wait behind it, then let the answers leave."""
+        promises = _may_promise(first)
+        channel: _Channel | None = first
         while channel:
             channel.keep()
             kept.append(channel)
-            channel.service()
-            if len(kept) == MAX_KEPT:
-                return
-            try:
-                channel = self._waiting.get_nowait()
-            except queue.Empty:
-                return
-        self._waiting.put(None)  # the service stops
+            if channel.total_outbufs_len > MAX_UNSENT_BYTES:
+                channel.drop()
+            else:
+                channel.service()
+            channel = self._next() if promises and len(kept) < MAX_KEPT else None
+        if promises:
+            self._settle()
+        for channel in kept:
+            channel.release()
+
+    def _next(self) -> _Channel | None:
+        """Return a request that may share the wait for the disk, if one waits already."""
+        try:
+            channel = self._waiting.get_nowait()
+        except queue.Empty:
+            return None
+        if channel and _may_promise(channel):
+            return channel
+        self._waiting.put(channel)  # it may take long, or the service stops
+        return None
+
+
+def _may_promise(channel: _Channel) -> bool:
+    return getattr(channel.requests[0], "command", "") == "POST"
 
 
 def _serve(sockets: dict[int, Any], silent: "select.epoll", *, until: float) -> None:

@@ -38,7 +38,7 @@ MAX_ORIGINS = 8
 #: Up to this size an event is sent with its header, in one piece.
 ONE_PIECE_BYTES = 64 * 1024
 
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})( [^\n]*)?")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})( [^\n]*)?\r?")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
@@ -87,6 +87,7 @@ class Transport(requests.adapters.BaseAdapter):
             answer, can_serve_again = _exchange(connection, head, body, deadline)
         except BaseException:
             connection.close()
+            self._forget(parts.origin)
             raise
         if can_serve_again:
             self._keep(parts.origin, connection)
@@ -125,6 +126,15 @@ class Transport(requests.adapters.BaseAdapter):
                 if len(self._kept) > MAX_ORIGINS:
                     dropped = self._kept.pop(next(iter(self._kept)))
         _close_all(dropped)
+
+    def _forget(self, origin: str) -> None:
+        """Close what is kept to a receiver: one that failed may have siblings that are dead, too.
+
+        Or each of the next attempts would be wasted on one of them.
+        """
+        with self._lock:
+            kept = self._kept.pop(origin, [])
+        _close_all(kept)
 
     def _connect(self, parts: outbound.Parts, deadline: float) -> socket.socket:
         """Connect to the first address of a host that answers."""
@@ -256,15 +266,19 @@ class _Reader:
         return block
 
     def _skip_chunks(self) -> None:
-        for _ in range(MAX_HEADER_LINES):
+        left = MAX_BODY_BYTES
+        while left > 0:
             while b"\n" not in self._buffer:
+                if len(self._buffer) > MAX_BODY_BYTES:
+                    raise ValueError("too much to read")
                 self._receive()
             line, _, self._buffer = self._buffer.partition(b"\n")
             size = int(line.partition(b";")[0], 16)
             self._skip(size + 2)  # and the end of its line; trailers are not read
             if not size:
                 return
-        raise ValueError("too many chunks")
+            left -= len(line) + size
+        raise ValueError("too much to read")
 
     def _skip(self, size: int) -> None:
         if size > MAX_BODY_BYTES:

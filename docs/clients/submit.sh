@@ -3,9 +3,13 @@
 set -eu
 url=${POSTBACK:-http://127.0.0.1:8080}
 
-# -f: an answer that refuses is a failure. With the same Idempotency-Key it is safe to repeat.
-answer=$(curl -fsS "$url/process" -H "Authorization: Bearer ${API_TOKEN-}" \
-    -H 'Content-Type: application/json' -H "Idempotency-Key: ${KEY:-$(date +%s)-$$}" -d "$1")
+# An answer that refuses is a failure that says why. With the same Idempotency-Key it is safe to
+# repeat.
+answer=$(curl --fail-with-body -sS "$url/process" -H "Authorization: Bearer ${API_TOKEN-}" \
+    -H 'Content-Type: application/json' -H "Idempotency-Key: ${KEY:-$(date +%s)-$$}" -d "$1") || {
+    printf '%s\n' "$answer" >&2
+    exit 1
+}
 status_url=$(printf %s "$answer" | sed 's/.*"status_url": "\([^"]*\)".*/\1/')
 
 until job=$(curl -fsS "$status_url" -H "Authorization: Bearer ${API_TOKEN-}") &&
