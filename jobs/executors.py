@@ -24,6 +24,10 @@ from jobs.analysis import Analyze, Progress, Report
 #: has by default make each answer wait 5 ms for each analysis (see bench/executors.py).
 SWITCH_SECONDS = 0.001
 
+#: Each thread that waits for the interpreter asks for it once in that time. With more analyses than
+#: this the time grows with them, or thousands that end together do nothing but ask.
+CROWD = 32
+
 #: Seconds until a worker that would not start is tried again.
 RETRY_SECONDS = 1.0
 
@@ -79,16 +83,18 @@ class ThreadExecutor:
 
     def start(self) -> None:
         """Have Python change threads more often, so that an analysis does not hold up answers."""
-        sys.setswitchinterval(SWITCH_SECONDS)
+        self._give_way()
 
     def run(self, job_id: str, body: bytes, report: Report) -> model.Ending:
         """Return how the analysis of a payload ends."""
         self._running.add(job_id)
+        self._give_way()
         try:
             with cores.every():
                 return analysis.run(self._analyze, body, report)
         finally:
             self._running.discard(job_id)
+            self._give_way()
 
     def stop(self, job_id: str) -> bool:
         """Do nothing: a thread cannot be ended. It keeps its place until its analysis returns."""
@@ -99,6 +105,9 @@ class ThreadExecutor:
 
     def close(self) -> None:
         """Do nothing: the threads end with the process."""
+
+    def _give_way(self) -> None:
+        sys.setswitchinterval(SWITCH_SECONDS * max(1.0, len(self._running) / CROWD))
 
 
 class ProcessExecutor:

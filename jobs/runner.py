@@ -166,8 +166,7 @@ class Runner:
         self._waiting = waiting + len(self._suspects)
         if suspects or waiting:
             log.info("jobs resumed", extra={"waiting": waiting, "suspects": len(suspects)})
-        self._scheduler.start()
-        self._start_waiting()
+        self._scheduler.start()  # whose first round starts what waits
 
     def accept(
         self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str

@@ -161,6 +161,21 @@ def test_threads_change_more_often_than_python_has_it(monkeypatch):
         sys.setswitchinterval(before)
 
 
+def test_a_crowd_of_analyses_asks_for_the_interpreter_no_more_often_than_a_few(monkeypatch):
+    monkeypatch.setattr(executors, "CROWD", 2)
+    before, seconds = sys.getswitchinterval(), []
+    one = ThreadExecutor(lambda data: seconds.append(sys.getswitchinterval()))
+    one._running.update(f"{number}" for number in range(7))
+    try:
+        one.run("the eighth", b'{"data": 1}', lambda _: None)
+        one._running.clear()
+        one.run("a lone one", b'{"data": 1}', lambda _: None)
+    finally:
+        sys.setswitchinterval(before)
+
+    assert seconds == pytest.approx([4 * executors.SWITCH_SECONDS, executors.SWITCH_SECONDS])
+
+
 def test_a_thread_that_outlives_its_job_is_counted_and_named_once(start, gate, receiver, caplog):
     service = start(
         ANALYSIS="tests.analyses:wait", JOB_TIMEOUT="50ms", POSTBACK_URL=receiver.url, DRAIN="1s"
