@@ -501,8 +501,8 @@ def test_a_connection_is_kept_for_the_next_attempt(sender, receiver):
 
 @pytest.mark.parametrize(
     "answer",
-    [script.reply(200, b"x" * 5000), script.reply(103), script.reply(500, b"x"), script.TRUNCATED],
-    ids=["long", "early-hints", "failed", "truncated"],
+    [script.reply(200, b"x" * 5000), script.reply(500, b"x"), script.TRUNCATED],
+    ids=["long", "failed", "truncated"],
 )
 def test_a_connection_with_something_left_on_it_is_not_used_again(sender, receiver, answer):
     receiver.answers = [answer, 204]

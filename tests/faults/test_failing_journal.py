@@ -60,6 +60,7 @@ def settings(monkeypatch, receiver, caplog):
     caplog.set_level("INFO")
     monkeypatch.setenv("POSTBACK_URL", receiver.url)
     monkeypatch.setenv("ANALYSIS", "tests.analyses:echo")
+    monkeypatch.setenv("DRAIN", "200ms")  # a thread that could not begin its job is not idle
 
 
 @contextlib.contextmanager
