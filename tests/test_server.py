@@ -390,8 +390,22 @@ def test_a_settle_that_breaks_its_promise_is_logged_and_answers_nothing(serve, c
     assert caplog.messages == ["requests not answered"]
 
 
+def test_answers_do_not_wait_long_for_others(serve, monkeypatch):
+    monkeypatch.setattr(server, "THREADS", 1)
+    monkeypatch.setattr(server, "MAX_KEPT_SECONDS", 0.0)
+    settled: list[int] = []
+
+    at = At(serve(lambda: {"a": 1}, settle=lambda: settled.append(1)))
+    with connected(at) as (conn, stream):
+        conn.sendall(promise() * 6)
+        assert [answer(stream)[0] for _ in range(6)] == [200] * 6
+
+    assert len(settled) == 6
+
+
 def test_requests_that_come_together_are_settled_together(serve, monkeypatch):
     monkeypatch.setattr(server, "THREADS", 1)
+    monkeypatch.setattr(server, "MAX_KEPT_SECONDS", 10.0)
     entered, release, settled = threading.Event(), threading.Event(), []
 
     def settle():

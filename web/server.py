@@ -53,8 +53,9 @@ _DETAILS = {
 #: Threads that answer requests.
 THREADS = 4
 
-#: Answers that one thread keeps at most, before it lets them go.
+#: Answers that one thread keeps at most, and for how long it takes on others, before they leave.
 MAX_KEPT = 32
+MAX_KEPT_SECONDS = 0.005
 
 #: A connection to which so much is unsent is closed, if its caller asks for more.
 MAX_UNSENT_BYTES = 16 * 1024 * 1024
@@ -315,7 +316,7 @@ class _Answerers:
 
     def _answer(self, first: _Channel, kept: list[_Channel]) -> None:
         """Answer one request and those that wait behind it, then let the answers leave."""
-        promises = _may_promise(first)
+        promises, until = _may_promise(first), time.monotonic() + MAX_KEPT_SECONDS
         channel: _Channel | None = first
         while channel:
             channel.keep()
@@ -324,7 +325,8 @@ class _Answerers:
                 channel.drop()
             else:
                 channel.service()
-            channel = self._next() if promises and len(kept) < MAX_KEPT else None
+            has_room = len(kept) < MAX_KEPT and time.monotonic() < until
+            channel = self._next() if promises and has_room else None
         if promises:
             self._settle()
         for channel in kept:
