@@ -341,6 +341,7 @@ def test_what_the_server_itself_refuses_is_a_problem_too(echo, sent, status_code
 
     assert (found, json.loads(body)["status"]) == (status_code, status_code)
     assert headers["Content-Type"] == "application/problem+json"
+    assert "max_body" not in json.loads(body)["detail"]
 
 
 # Answers that are kept until they are settled

@@ -46,6 +46,7 @@ STATUS_CODES: dict[type[errors.Error], int] = {
 #: What the framework itself refuses; its own words would repeat the URL.
 _DETAILS = {
     404: "There is nothing at this path: see GET /openapi.json, or the README.",
+    413: "The body is far too large: send at most MAX_BODY bytes.",
     405: "This path does not take this method: the header Allow names those it takes.",
     500: "The service failed: what happened is in its log.",
 }
@@ -222,8 +223,11 @@ class _Refusal(ErrorTask):  # type: ignore[misc]
     """What waitress itself refuses, before the application is asked: a problem like any other."""
 
     def execute(self) -> None:
-        self.status = f"{self.request.error.code} {self.request.error.reason}"
-        body = _document(self.request.error.code, f"{self.request.error.body}.").encode()
+        error = self.request.error
+        self.status = f"{error.code} {error.reason}"
+        # Its own words would name its limit, which is not ours.
+        detail = _DETAILS.get(error.code, f"{error.body}.")
+        body = _document(error.code, detail).encode()
         self.response_headers.append(("Content-Type", "application/problem+json"))
         self.set_close_on_finish()
         self.content_length = len(body)
