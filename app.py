@@ -134,7 +134,7 @@ class Api:
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Answer GET /jobs/<id>: everything about one job."""
-        job, body, event = self._journal.detail(job_id)
+        job, body, event, attempts = self._journal.detail(job_id)
         ending = json.loads(event.body)["data"] if event else {}
         links = {name: ending[name] for name in ending if name.startswith("result_")}
         return {
@@ -143,7 +143,7 @@ class Api:
             "result": ending.get("result"),
             "error": ending.get("error"),
             **links,
-            "attempts": self._journal.attempts(job_id),
+            "attempts": attempts,
         }
 
     def _summary(self, job: model.Job) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Api:
 
     def result(self, job_id: str) -> bytes:
         """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
-        job, _, event = self._journal.detail(job_id)
+        job, _, event, _ = self._journal.detail(job_id)
         if event is None or job.outcome is not model.Outcome.SUCCEEDED:
             raise errors.MoveError(
                 job_id, state=job.outcome or job.state, wanted="read as a result"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs import errors, model
 from jobs.model import Outcome, State
@@ -35,6 +35,21 @@ class Received:
     received_at: datetime
     signature: str
     body: bytes
+
+
+class Detail(NamedTuple):
+    """All there is of one job, as it was at one moment.
+
+    Attributes:
+        body: What the caller sent.
+        event: What is posted, once the analysis has ended.
+        attempts: Every attempt as it is shown, the first first.
+    """
+
+    job: model.Job
+    body: bytes
+    event: model.Event | None
+    attempts: list[dict[str, Any]]
 
 
 class Journal:
@@ -289,15 +304,15 @@ class Journal:
         """
         return _job(self._row(_JOB, job_id))
 
-    def detail(self, job_id: str) -> tuple[model.Job, bytes, model.Event | None]:
-        """Return a job with the body it came in, and its event where there is one.
+    def detail(self, job_id: str) -> Detail:
+        """Return all there is of one job.
 
         Raises:
             JobNotFoundError: There is none.
         """
         row = self._row(_DETAIL, job_id)
         event = row["event"] and model.Event(body=row["event"], result=row["result"])
-        return _job(row), row["body"], event
+        return Detail(_job(row), row["body"], event, json.loads(row["attempts_made"]))
 
     def page(self, *, state: State | None, limit: int, before: str | None) -> list[model.Job]:
         """Return jobs, newest first, without their payloads and results.
@@ -310,10 +325,6 @@ class Journal:
         parameters = {"state": state, "limit": limit, "before": before}
         statement = _PAGE if state is None else _PAGE_OF_STATE
         return [_job(row) for row in self._storage.read(statement, parameters)]
-
-    def attempts(self, job_id: str) -> list[dict[str, Any]]:
-        """Return every attempt of a job, as it is shown, the first first."""
-        return [dict(row) for row in self._storage.read(_ATTEMPTS, {"id": job_id})]
 
     def census(self) -> list[tuple[State, int, datetime | None]]:
         """Return, for each state but `delivered`, how many jobs there are and since when."""
@@ -552,8 +563,15 @@ _PRUNE_RECEIVED = """
 
 _JOB = "SELECT * FROM jobs WHERE id = :id"
 
+# One statement, or a move in between would show a state and the attempts of another.
 _DETAIL = """
-    SELECT jobs.*, payloads.body, events.body AS event, events.result
+    SELECT jobs.*, payloads.body, events.body AS event, events.result,
+           (SELECT json_group_array(json_object(
+                       'number', number, 'attempted_at', attempted_at,
+                       'duration_seconds', round(duration_seconds, 3),
+                       'status_code', status_code, 'error', error))
+              FROM (SELECT * FROM attempts WHERE attempts.seq = jobs.seq ORDER BY number)
+           ) AS attempts_made
       FROM jobs JOIN payloads USING (seq) LEFT JOIN events USING (seq)
      WHERE id = :id
 """
@@ -569,12 +587,6 @@ _PAGE_OF_STATE = """
      WHERE state = :state
        AND seq < coalesce((SELECT seq FROM jobs WHERE id = :before), 9223372036854775807)
      ORDER BY seq DESC LIMIT :limit
-"""
-
-_ATTEMPTS = """
-    SELECT number, attempted_at, round(duration_seconds, 3) AS duration_seconds, status_code, error
-      FROM attempts JOIN jobs USING (seq)
-     WHERE jobs.id = :id ORDER BY number
 """
 
 _RECEIVE = """

@@ -320,12 +320,11 @@ def test_an_unknown_id_is_not_found(opened, operation):
     [
         lambda one: one.begin_again(UNKNOWN.id, now=NOW),
         lambda one: one.put_back([UNKNOWN.id]),
-        lambda one: one.attempts(UNKNOWN.id),
         lambda one: one.put_off(UNKNOWN.id, until=NOW),
         lambda one: one.claim_due("https://unknown", now=NOW, limit=9),
         lambda one: one.accepted_before("unknown", body_sha256="sha"),
     ],
-    ids=["begin again", "put back", "attempts", "put off", "claim due", "accepted before"],
+    ids=["begin again", "put back", "put off", "claim due", "accepted before"],
 )
 def test_of_what_is_unknown_there_is_nothing(opened, operation):
     accept(opened)
@@ -343,10 +342,10 @@ def test_an_accepted_job_is_kept_as_it_came(opened):
 
     assert opened.accept(job, BODY, idempotency_key=None, body_sha256="sha") == job.id
 
-    found, body, event = opened.detail(job.id)
+    found, body, event, attempts = opened.detail(job.id)
     assert model.text_of(found.created_at) == model.text_of(job.created_at)
     assert replace(found, created_at=job.created_at) == job
-    assert (body, event) == (BODY, None)
+    assert (body, event, attempts) == (BODY, None, [])
 
 
 def test_jobs_without_a_key_are_all_accepted(opened):
@@ -514,7 +513,7 @@ def test_a_job_that_ended_has_its_outcome_and_its_event(opened, due_at):
 
     opened.end(job, Outcome.FAILED, event, finished_at=NOW, due_at=due_at, source=State.RUNNING)
 
-    found, _, stored = opened.detail(job.id)
+    found, _, stored, _ = opened.detail(job.id)
     assert (found.outcome, found.finished_at) == (Outcome.FAILED, NOW)
     assert found.next_attempt_at == due_at
     assert stored == event
@@ -571,7 +570,7 @@ def test_the_attempts_are_shown_in_their_order(opened):
     record(opened, opened.job(job.id))
 
     shown = {"attempted_at": "2026-01-02T03:04:05.000Z", "duration_seconds": 0.25}
-    assert opened.attempts(job.id) == [
+    assert opened.detail(job.id).attempts == [
         {"number": 1, "status_code": 502, "error": "HTTP 502", **shown},
         {"number": 2, "status_code": 204, "error": None, **shown},
     ]
@@ -674,7 +673,7 @@ def test_attempts_are_counted_over_resends(opened):
 
     record(opened, opened.job(job.id))
 
-    assert [one["number"] for one in opened.attempts(job.id)] == [1, 2]
+    assert [one["number"] for one in opened.detail(job.id).attempts] == [1, 2]
     assert (opened.job(job.id).attempts, opened.job(job.id).resent_after) == (2, 1)
 
 
@@ -827,7 +826,25 @@ def test_a_page_of_one_state_goes_on_before_any_job(opened):
 def test_a_job_is_shown_with_its_body_and_its_event(opened):
     job = delivered(opened)
 
-    assert opened.detail(job.id) == (opened.job(job.id), BODY, EVENT)
+    assert opened.detail(job.id)[:3] == (opened.job(job.id), BODY, EVENT)
+
+
+def test_a_job_is_shown_as_it_was_at_one_moment(opened):
+    job = delivering(opened)
+
+    def attempt_again_and_again():
+        for _ in range(100):
+            record(opened, opened.job(job.id), error="HTTP 502", wait=1)
+
+    thread = threading.Thread(target=attempt_again_and_again)
+    thread.start()
+    shown = [opened.detail(job.id)]
+    while thread.is_alive():
+        shown.append(opened.detail(job.id))
+    thread.join()
+
+    assert [one.job.attempts for one in shown] == [len(one.attempts) for one in shown]
+    assert opened.job(job.id).attempts == 100
 
 
 # The built-in receiver
@@ -907,7 +924,6 @@ STATEMENTS = {
     "by key": journal._BY_KEY,
     "job": journal._JOB,
     "detail": journal._DETAIL,
-    "attempts": journal._ATTEMPTS,
 }
 
 
