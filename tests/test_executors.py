@@ -40,8 +40,7 @@ def result_of(ending):
 
 
 def is_alive(pid):
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ends before, or while, it is read
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
