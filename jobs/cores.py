@@ -9,7 +9,15 @@ import contextlib
 import functools
 import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: A run that is over sooner is short, in seconds.
+SHORT_SECONDS = 0.001
+
+#: After a run that is not short, so many may use every core.
+RUNS = 100
 
 #: Whether the system can do that.
 _CAN = hasattr(os, "sched_setaffinity")
@@ -21,18 +29,30 @@ def keep_to_one() -> None:
         _keep_to({_serving()})
 
 
-@contextlib.contextmanager
-def every() -> Iterator[None]:
-    """Let this thread, and those it will start, use every core within the block."""
-    if not _CAN:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    _keep_to(_every())
-    try:
-        yield
-    finally:
-        _keep_to(before)
+class Roaming:
+    """A function that may use every core while it runs, and so may the threads it starts.
+
+    Unless its last runs were all short: then it keeps to the core of its thread. A short one gains
+    nothing by another core, and to be allowed one costs more than it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._roams = RUNS  # so many of the next runs may use every core
+
+    def __call__(self, *args: Any) -> Any:
+        """Return what the function returns for the arguments."""
+        roams = _CAN and self._roams > 0
+        if roams:
+            _keep_to(_every())
+        began = time.monotonic()
+        try:
+            return self._function(*args)
+        finally:
+            is_short = time.monotonic() - began < SHORT_SECONDS
+            self._roams = max(0, self._roams - 1) if is_short else RUNS
+            if roams:
+                keep_to_one()
 
 
 def _keep_to(cores: set[int]) -> None:

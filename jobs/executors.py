@@ -78,7 +78,7 @@ class ThreadExecutor:
     """Runs the analysis in the job's own thread: starts at once, shares memory, cannot be ended."""
 
     def __init__(self, analyze: Analyze) -> None:
-        self._analyze = analysis.with_progress(analyze)
+        self._analyze = cores.Roaming(analysis.with_progress(analyze))
         self._running: set[str] = set()
 
     def start(self) -> None:
@@ -90,8 +90,7 @@ class ThreadExecutor:
         self._running.add(job_id)
         self._give_way()
         try:
-            with cores.every():
-                return analysis.run(self._analyze, body, report)
+            return analysis.run(self._analyze, body, report)
         finally:
             self._running.discard(job_id)
             self._give_way()

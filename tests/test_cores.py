@@ -37,15 +37,30 @@ def test_a_thread_that_serves_keeps_to_one_core_and_leaves_the_others_theirs():
 
 
 def test_an_analysis_and_what_it_starts_may_use_every_core():
+    def analyze():
+        child = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+        count = subprocess.run(child, capture_output=True, check=True).stdout
+        return allowed(), int(count)
+
     def work():
         cores.keep_to_one()
-        with cores.every():
-            child = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
-            count = subprocess.run(child, capture_output=True, check=True).stdout
-            inside = allowed()
-        return inside, int(count), len(allowed())
+        return *cores.Roaming(analyze)(), len(allowed())
 
     assert in_a_thread(work) == (EVERY, len(EVERY), 1)
+
+
+def test_an_analysis_whose_last_runs_were_short_keeps_to_the_core_of_its_thread(monkeypatch):
+    monkeypatch.setattr(cores, "SHORT_SECONDS", 60.0)
+    roaming = cores.Roaming(allowed)
+
+    def work():
+        cores.keep_to_one()
+        return [len(roaming()) for _ in range(cores.RUNS + 2)]
+
+    assert in_a_thread(work) == [len(EVERY)] * cores.RUNS + [1, 1]
+
+    monkeypatch.setattr(cores, "SHORT_SECONDS", 0.0)
+    assert in_a_thread(work)[:2] == [1, len(EVERY)]
 
 
 def test_all_threads_of_one_process_keep_to_the_same_core():
@@ -72,8 +87,7 @@ def test_where_there_is_no_affinity_nothing_is_asked(monkeypatch):
 
     def work():
         cores.keep_to_one()
-        with cores.every():
-            return allowed()
+        return cores.Roaming(allowed)()
 
     assert in_a_thread(work) == EVERY
 
@@ -86,8 +100,7 @@ def test_what_the_system_forbids_fails_nobody(monkeypatch):
 
     def work():
         cores.keep_to_one()
-        with cores.every():
-            return allowed()
+        return cores.Roaming(allowed)()
 
     assert in_a_thread(work) == EVERY
 
