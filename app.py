@@ -107,7 +107,7 @@ class Api:
             _new_job(payload, self._config.postback_allow),
             payload.body,
             idempotency_key=payload.idempotency_key,
-            body_sha256=hashlib.sha256(payload.body).hexdigest(),
+            body_sha256=hashlib.sha256(payload.body).hexdigest() if payload.idempotency_key else "",
         )
         if intake.prefers_async(environ):  # RFC 7240, section 4.1
             bottle.response.status = 202
@@ -373,6 +373,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
         service.catch_signals()
         service.start()
     except (errors.ConfigError, errors.JournalError) as exc:
+        logging.shutdown()  # what was logged stands above the reason
         print(exc, file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     _greet(service, settings)

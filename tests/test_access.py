@@ -104,6 +104,7 @@ def coloured(stream: io.StringIO, level: int) -> str:
     before = root.handlers[:], root.level
     logs.configure("info", "text", stream)
     logging.getLogger("postback").log(level, "journal failed")
+    root.handlers[0].flush()
     root.handlers[:], root.level = before
     logging.captureWarnings(capture=False)
     return stream.getvalue()

@@ -4,21 +4,20 @@ Lines go to standard error. No payload, result, token or secret is ever handed t
 answer is such a happening, too: a line of the logger `postback.access`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
-import select
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from jobs import model
+from jobs import cores, model
 
 #: What a record has by itself; whatever else it has came in `extra`.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -34,8 +33,8 @@ MAX_PATH = 200
 #: stop the service.
 MAX_LINES = 10_000
 
-#: Characters written at once: as many as a pipe takes that takes any (PIPE_BUF, pipe(7)).
-PIECE = 1024
+#: Seconds between two writes.
+PAUSE_SECONDS = 0.02
 
 #: Seconds that the end of the process waits for the last lines.
 FLUSH_SECONDS = 1.0
@@ -61,6 +60,7 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False
     # Found out for each record, and written by none of our formats.
+    logging._srcfile = None  # noqa: SLF001 - what its documentation advises
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(capture=True)
 
@@ -73,68 +73,64 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 class Handler(logging.Handler):
-    """Writes lines to a stream. Threads do not queue up for it: one writes for all who come.
+    """Writes lines to a stream, in a thread of its own: all that came meanwhile at once.
 
-    A write lets another thread run, so with a lock around it, as in logging's own handlers, each
-    line made all threads that log wait for each other: a third of the jobs a second were left.
+    So nobody who logs waits for the stream, whoever reads it, and the cost is that of a few writes
+    a second. What the last lines tell is lost if the process is killed; the journal is not.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._lines: deque[str] = deque(maxlen=MAX_LINES)
-        self._writing = threading.Lock()
+        self._records: deque[logging.LogRecord] = deque(maxlen=MAX_LINES)
+        self._told = threading.Event()
+        self._written = threading.Condition()
+        self._closing = threading.Event()
+        self._is_writing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Write a record, or leave it to the thread that is writing."""
-        self.emit(record)
+        """Have a record written soon."""
+        self._records.append(record)
+        if not self._told.is_set():
+            self._told.set()
         return True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, or leave it to the thread that is writing."""
-        try:
-            self._lines.append(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 - a library's message that does not fit its values
-            self.handleError(record)
-        while self._lines and self._writing.acquire(blocking=False):
-            if not self._write():
-                return  # it goes with the next line
 
     def flush(self) -> None:
         """Wait until what was logged is written, but not for ever."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while self._lines and self._writing.acquire(timeout=max(0, deadline - time.monotonic())):
-            if not self._write(max(0.0, deadline - time.monotonic())):
-                return
+        with self._written:
+            self._written.wait_for(
+                lambda: not (self._records or self._is_writing), timeout=FLUSH_SECONDS
+            )
 
-    def _write(self, patience_seconds: float = 0.0) -> bool:
-        """Write as much as the stream takes; return whether that was something."""
+    def close(self) -> None:
+        """End the thread, once it has written what was logged."""
+        self._closing.set()
+        self._told.set()
+        super().close()
+
+    def _run(self) -> None:
+        cores.keep_to_one()
+        while not self._closing.is_set() or self._records:
+            self._told.wait()
+            self._told.clear()
+            self._is_writing = True
+            lines = [self._line(self._records.popleft()) for _ in range(len(self._records))]
+            with contextlib.suppress(Exception):  # no stream, a closed one, a full disk
+                self._stream.write("".join(lines))
+                self._stream.flush()
+            with self._written:
+                self._is_writing = False
+                self._written.notify_all()
+            self._closing.wait(PAUSE_SECONDS)
+
+    def _line(self, record: logging.LogRecord) -> str:
         try:
-            if not _takes_more(self._stream, patience_seconds):
-                return False
-            text = self._lines.popleft()
-            while self._lines and len(text) + len(self._lines[0]) <= PIECE:
-                text += self._lines.popleft()
-            if text[PIECE:]:
-                self._lines.appendleft(text[PIECE:])
-            self._stream.write(text[:PIECE])
-            self._stream.flush()
-        except Exception:  # noqa: BLE001, S110 - no stream, a closed one, or a full disk
-            pass  # must not stop the service
-        finally:
-            self._writing.release()
-        return True
-
-
-def _takes_more(stream: TextIO, patience_seconds: float) -> bool:
-    """Tell whether a write would not wait; a pipe that nobody reads takes none."""
-    try:
-        descriptor = stream.fileno()
-    except (AttributeError, OSError, ValueError):  # no file
-        return True
-    poller = select.poll()
-    poller.register(descriptor, select.POLLOUT)
-    return bool(poller.poll(patience_seconds * 1000))
+            return self.format(record) + "\n"
+        except Exception:  # noqa: BLE001 - a library's message that does not fit its values
+            self.handleError(record)
+            return ""
 
 
 class TextFormatter(logging.Formatter):
@@ -176,8 +172,7 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(values, default=str)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(NamedTuple):
     """How a request was answered.
 
     Attributes:
@@ -219,8 +214,8 @@ class Watched:
         began = time.perf_counter()
 
         def start(status: str, headers: Any, exc_info: Any = None) -> Any:
-            answer = _answer(environ, int(status[:3]), dict(headers))
-            vars(self._of_thread).setdefault("kept", []).append((answer, began))
+            kept = vars(self._of_thread).setdefault("kept", [])
+            kept.append((environ, int(status[:3]), dict(headers), began))
             return start_response(status, headers, exc_info)
 
         return self._application(environ, start)
@@ -228,13 +223,16 @@ class Watched:
     def tell(self) -> None:
         """Tell of what this thread has answered: it has left."""
         kept, self._of_thread.kept = vars(self._of_thread).get("kept", ()), []
-        for answer, began in kept:
-            told = replace(answer, seconds=time.perf_counter() - began)
-            _log(told)
-            self._on_answer(told)
+        for environ, status_code, headers, began in kept:
+            seconds = time.perf_counter() - began
+            answer = _answer(environ, status_code, headers, seconds)
+            _log(answer)
+            self._on_answer(answer)
 
 
-def _answer(environ: Mapping[str, Any], status_code: int, headers: Mapping[str, str]) -> Answer:
+def _answer(
+    environ: Mapping[str, Any], status_code: int, headers: Mapping[str, str], seconds: float
+) -> Answer:
     route = environ.get("bottle.route")
     accepted = headers.get("Location", "").removeprefix("/jobs/")
     return Answer(
@@ -242,7 +240,7 @@ def _answer(environ: Mapping[str, Any], status_code: int, headers: Mapping[str, 
         path=environ["PATH_INFO"],
         route=route.rule if route else "none",
         status_code=status_code,
-        seconds=0.0,
+        seconds=seconds,
         error=environ.get("postback.error"),
         job_id=accepted or environ.get("route.url_args", {}).get("job_id"),
     )
@@ -253,8 +251,11 @@ def _log(answer: Answer) -> None:
     # A job that was accepted has a line of its own.
     went_well = answer.status_code < 400
     is_quiet = went_well and (answer.method in ("GET", "HEAD") or answer.route == "/process")
+    level = logging.DEBUG if is_quiet else logging.INFO
+    if not access_log.isEnabledFor(level):
+        return
     access_log.log(
-        logging.DEBUG if is_quiet else logging.INFO,
+        level,
         "answered",
         extra={
             "job_id": answer.job_id,
@@ -267,8 +268,11 @@ def _log(answer: Answer) -> None:
 
 
 def _values(record: logging.LogRecord) -> dict[str, Any]:
-    values = {name: value for name, value in vars(record).items() if name not in _OWN}
-    return {name: value for name, value in values.items() if value is not None}
+    return {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _OWN and value is not None
+    }
 
 
 def _time(record: logging.LogRecord) -> str:
