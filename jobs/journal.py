@@ -113,7 +113,7 @@ class Journal:
             "starts": job.starts,
             "created_at": model.text_of(job.created_at),
             "started_at": job.started_at and model.text_of(job.started_at),
-            "forwarded": json.dumps(dict(job.forwarded)),
+            "forwarded": json.dumps(dict(job.forwarded)) if job.forwarded else "{}",
             "idempotency_key": idempotency_key,
             "body_sha256": idempotency_key and body_sha256,
         }
@@ -450,7 +450,7 @@ _ACCEPT = """
                       idempotency_key, body_sha256)
     VALUES (:id, :state, :postback_url, :receiver, :starts, :created_at, :started_at, :forwarded,
             :idempotency_key, :body_sha256)
-    ON CONFLICT (idempotency_key) DO NOTHING
+    ON CONFLICT DO NOTHING
 """
 
 _BY_KEY = "SELECT id, body_sha256 FROM jobs WHERE idempotency_key = :idempotency_key"

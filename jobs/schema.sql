@@ -20,7 +20,7 @@ CREATE TABLE jobs (
     attempts        INTEGER NOT NULL DEFAULT 0,
     resent_after    INTEGER NOT NULL DEFAULT 0,
     forwarded       TEXT    NOT NULL DEFAULT '{}',
-    idempotency_key TEXT    UNIQUE,
+    idempotency_key TEXT,
     body_sha256     TEXT,                 -- what came with the idempotency_key
     CHECK ((outcome IS NULL) = (state IN ('accepted', 'running'))),
     CHECK ((ended_at IS NULL) = (state NOT IN ('delivered', 'undelivered'))),
@@ -28,22 +28,23 @@ CREATE TABLE jobs (
 ) STRICT;
 
 CREATE INDEX jobs_by_state ON jobs (state);
-CREATE INDEX jobs_due ON jobs (receiver, next_attempt_at) WHERE state = 'delivering';
+CREATE UNIQUE INDEX jobs_by_key ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_due ON jobs (receiver, next_attempt_at) WHERE next_attempt_at IS NOT NULL;
 CREATE INDEX jobs_ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
 
 -- When the next attempt for each receiver is due. Steps from one receiver to the next by the index,
 -- however many jobs wait for each; unasked, SQLite would take jobs_by_state and read them all.
 CREATE VIEW receivers AS
     WITH RECURSIVE step (receiver) AS (
-        SELECT min(receiver) FROM jobs INDEXED BY jobs_due WHERE state = 'delivering'
+        SELECT min(receiver) FROM jobs INDEXED BY jobs_due WHERE next_attempt_at IS NOT NULL
         UNION ALL
         SELECT (SELECT min(jobs.receiver) FROM jobs INDEXED BY jobs_due
-                 WHERE state = 'delivering' AND jobs.receiver > step.receiver)
+                 WHERE next_attempt_at IS NOT NULL AND jobs.receiver > step.receiver)
           FROM step WHERE step.receiver IS NOT NULL
     )
     SELECT receiver,
-           (SELECT min(next_attempt_at) FROM jobs
-             WHERE state = 'delivering' AND jobs.receiver = step.receiver) AS due_at
+           (SELECT min(next_attempt_at) FROM jobs INDEXED BY jobs_due
+             WHERE next_attempt_at IS NOT NULL AND jobs.receiver = step.receiver) AS due_at
       FROM step WHERE receiver IS NOT NULL;
 
 CREATE TABLE payloads (

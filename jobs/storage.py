@@ -28,6 +28,10 @@ SCHEMA_VERSION = 1
 #: After a burst the write-ahead log shrinks to this many bytes.
 WAL_LIMIT_BYTES = 64 * 1024 * 1024
 
+#: Bytes of a page of a new file. A commit writes whole pages, of which a job changes a few bytes
+#: in each of a dozen.
+PAGE_BYTES = 2048
+
 #: Set on the connection and read back: SQLite ignores what it cannot do.
 PRAGMAS: Mapping[str, str | int] = {
     # No other connection: no shared memory, and nobody else checkpoints (before 3.51.3 that could
@@ -37,6 +41,7 @@ PRAGMAS: Mapping[str, str | int] = {
     "synchronous": 1,  # NORMAL: no fsync but at checkpoints, so that none is out of order
     "foreign_keys": 1,
     "journal_size_limit": WAL_LIMIT_BYTES,
+    "wal_autocheckpoint": 2000,  # pages
 }
 
 #: After these nobody knows what is on the disk: only a restart that reads it again can tell.
@@ -148,6 +153,8 @@ class Storage:
         """
         with self._lock:
             try:
+                if promised:
+                    self._refuse_replaced()
                 result = self._transact(work)
             except sqlite3.Error as exc:
                 raise self._failed(exc) from exc
@@ -204,7 +211,6 @@ class Storage:
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._open_connection()
-        self._refuse_replaced()
         connection.execute("BEGIN IMMEDIATE")
         changes = connection.total_changes
         result = work(connection)
@@ -299,7 +305,9 @@ _STAMP = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHE
 
 def _connect(path: Path) -> sqlite3.Connection:
     path.touch(mode=0o600)  # payloads are nobody else's business
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    return connection
 
 
 def _lock(path: Path) -> tuple[IO[str], str]:
@@ -337,7 +345,7 @@ def _refuse_emptied(path: Path, holder: str) -> None:
 
 def _inode(path: Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat
     except OSError:  # it was removed, or no longer is where the path leads
         return None
     return status.st_dev, status.st_ino
