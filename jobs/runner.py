@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from jobs import cores, errors, model
 from jobs.analysis import Progress
 from jobs.executors import Executor
 from jobs.journal import Journal
-from jobs.model import State
+from jobs.model import Outcome, State
 from jobs.threads import Threads
 
 #: Attempts under way at once, all receivers together and for one of them.
@@ -454,8 +454,9 @@ class Runner:
         )
         due_at = now if due_now else None
         self._journal.end(job, ending.outcome, event, finished_at=now, due_at=due_at, source=source)
-        job = replace(job, state=State.DELIVERING, outcome=ending.outcome, finished_at=now)
-        log.info("analysis ended", extra=_facts(job) | {"outcome": ending.outcome})
+        job = job._replace(state=State.DELIVERING, outcome=ending.outcome, finished_at=now)
+        level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
+        log.log(level, "analysis ended", extra=_facts(job) | {"outcome": ending.outcome})
         self._observer.finished(job)
         return job, event
 

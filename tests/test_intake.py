@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -99,7 +98,7 @@ def test_a_payload_keeps_the_bytes_as_they_came_beside_what_they_mean():
 def test_a_payload_does_not_change():
     payload = read(request())
 
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         payload.data = 2
 
 

@@ -294,7 +294,7 @@ def test_of_many_threads_that_take_exactly_one_gets_it(opened, bring, operation)
     assert taken.count(True) == 1
 
 
-UNKNOWN = replace(model.new_job(postback_url=None, receiver="", forwarded={}, now=NOW), id="f" * 32)
+UNKNOWN = model.new_job(postback_url=None, receiver="", forwarded={}, now=NOW)._replace(id="f" * 32)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_an_accepted_job_is_kept_as_it_came(opened):
 
     found, body, event, attempts = opened.detail(job.id)
     assert model.text_of(found.created_at) == model.text_of(job.created_at)
-    assert replace(found, created_at=job.created_at) == job
+    assert found._replace(created_at=job.created_at) == job
     assert (body, event, attempts) == (BODY, None, [])
 
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -53,7 +52,7 @@ def of(metrics: Metrics, name: str, **labels: str) -> Any:
 
 def job(**fields):
     one = model.new_job(postback_url=None, receiver="", forwarded={}, now=NOW)
-    return replace(one, **fields)
+    return one._replace(**fields)
 
 
 def attempt(*, status_code: int | None = 204, error: str | None = None) -> model.Attempt:

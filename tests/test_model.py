@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 import json
 import math
@@ -17,7 +16,7 @@ from jobs.model import MOVES, Outcome, State
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 SCHEMA = (Path(model.__file__).parent / "schema.sql").read_text()
 JOB = model.new_job(postback_url=None, receiver="", forwarded={}, now=NOW)
-BEGUN = dataclasses.replace(JOB, started_at=NOW + timedelta(seconds=1))
+BEGUN = JOB._replace(started_at=NOW + timedelta(seconds=1))
 DONE = NOW + timedelta(seconds=2)
 
 CIRCULAR: list[object] = []

@@ -5,7 +5,6 @@ import ssl
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -71,7 +70,7 @@ def attempt(sender, url, *, trusted=True, number=1, event=EVENT, forwarded=None,
     sender._url = url
     job = model.new_job(postback_url=None if trusted else url, receiver="", forwarded={})
     facts = {"id": job_id, "attempts": number - 1, "forwarded": forwarded or {}}
-    return sender.attempt(replace(job, **facts), event)
+    return sender.attempt(job._replace(**facts), event)
 
 
 # What is sent

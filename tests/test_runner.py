@@ -668,6 +668,7 @@ def test_a_lost_journal_ends_the_threads_without_a_postback(tmp_path, gate):
         gate.wait_for(1)
         (tmp_path / "journal.db").unlink()
 
+        assert isinstance(one.refusal(), errors.JournalLostError)
         gate.open()
 
         assert lost.wait(5)

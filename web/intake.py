@@ -15,8 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jobs import errors, model
 
@@ -29,6 +28,8 @@ MAX_INTEGER_LENGTH = 40
 #: The headers that travel with the job.
 FORWARDED = ("traceparent", "tracestate", "x-request-id")
 
+_FORWARDED_KEYS = {f"HTTP_{name.upper().replace('-', '_')}": name for name in FORWARDED}
+
 # A quoted string that nobody closes ends with the header: that keeps the search linear.
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"?')
 _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
@@ -37,8 +38,7 @@ _KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"|([!#-~][ -~]*)')
 _FORWARDABLE = re.compile(r"[!-~][ -~]{0,511}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
+class Payload(NamedTuple):
     """What a caller sent to `POST /process`, checked.
 
     Attributes:
@@ -217,7 +217,7 @@ def _idempotency_key(environ: Mapping[str, Any]) -> str | None:
 
 def _forwarded(environ: Mapping[str, Any]) -> dict[str, str]:
     """Keep what can be sent on as it is: no header that only traces a job refuses it."""
-    given = {name: environ.get(f"HTTP_{name.upper().replace('-', '_')}", "") for name in FORWARDED}
+    given = {name: environ[key] for key, name in _FORWARDED_KEYS.items() if key in environ}
     return {name: value for name, value in given.items() if _FORWARDABLE.fullmatch(value)}
 
 
