@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import prometheus_client
@@ -58,22 +59,22 @@ class Metrics(Observer):
             return Histogram(full_name, text, labels, buckets=bounds, registry=registry)
 
         self._accepted = counter("jobs_accepted", "Jobs committed and answered")
-        self._refused = counter("jobs_refused", "POST /process that left no trace", "reason")
-        self._finished = counter("jobs_finished", "Analyses that ended", "outcome")
-        self._ended = counter("jobs_ended", "Jobs delivered or given up", "state")
-        self._attempts = counter("attempts", "Attempts made at postbacks", "result")
-        self._answer = histogram(
-            "answer", "From a request to its answer", SHORT, "method", "route", "status_code"
-        )
+        text = "POST /process that left no trace"
+        self._refused = cache(counter("jobs_refused", text, "reason").labels)
+        self._finished = cache(counter("jobs_finished", "Analyses that ended", "outcome").labels)
+        self._ended = cache(counter("jobs_ended", "Jobs delivered or given up", "state").labels)
+        self._attempts = cache(counter("attempts", "Attempts made at postbacks", "result").labels)
+        text, names = "From a request to its answer", ("method", "route", "status_code")
+        self._answer = cache(histogram("answer", text, SHORT, *names).labels)
         self._commit = histogram("commit", "Until what was promised is on the disk", SHORT)
         self._attempt = histogram("attempt", "One attempt at a postback", LONG)
         self._waiting = histogram("waiting", "From the answer to the start of the analysis", LONG)
         self._running = histogram("running", "From the start of the analysis to its end", LONG)
         self._delivery = histogram("delivery", "From the answer to delivered; no resends", LONG)
         for outcome in model.Outcome:
-            self._finished.labels(outcome)
+            self._finished(outcome)
         for state in (State.DELIVERED, State.UNDELIVERED):
-            self._ended.labels(state)
+            self._ended(state)
 
     # What happens
 
@@ -81,11 +82,11 @@ class Metrics(Observer):
         """Count one answer of the service."""
         # Without a route the method is whatever a caller made up: no label for each.
         method = answer.method if answer.route != "none" else "any"
-        self._answer.labels(method, answer.route, answer.status_code).observe(answer.seconds)
+        self._answer(method, answer.route, answer.status_code).observe(answer.seconds)
         if (method, answer.route) == PROCESS:
             self._hour.answered(self._clock(), answer.seconds)
             if answer.error:
-                self._refused.labels(_reason(answer.error)).inc()
+                self._refused(_reason(answer.error)).inc()
 
     def settled(self, seconds: float) -> None:
         """Count one wait for the disk."""
@@ -98,19 +99,19 @@ class Metrics(Observer):
 
     def finished(self, job: model.Job) -> None:
         """Count an analysis that ended."""
-        self._finished.labels(job.outcome).inc()
+        self._finished(job.outcome).inc()
         if job.started_at and job.finished_at:  # one canceled before it began has no start
             self._waiting.observe(_seconds(job.created_at, job.started_at))
             self._running.observe(_seconds(job.started_at, job.finished_at))
 
     def attempted(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
         """Count an attempt, and the end of the job where it was the last."""
-        self._attempts.labels(_result(attempt)).inc()
+        self._attempts(_result(attempt)).inc()
         self._attempt.observe(attempt.duration_seconds)
         if state is State.DELIVERING:
             return
         now = self._clock()
-        self._ended.labels(state).inc()
+        self._ended(state).inc()
         self._hour.count(now, state)
         if state is State.DELIVERED and not job.resent_after:
             self._delivery.observe(_seconds(job.created_at, now))

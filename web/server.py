@@ -179,7 +179,7 @@ class Server:
             asyncore_use_poll=True,  # select() fails at descriptor 1024
             channel_timeout=SILENCE_SECONDS,
             cleanup_interval=SWEEP_SECONDS,
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # nobody here reads them
             ident=None,
         )
         self._server = _WSGIServer(
@@ -384,22 +384,13 @@ def _turn(
 def _register(
     fd: int, one: Any, poller: select.poll, silent: "select.epoll", known: dict[int, Any]
 ) -> None:
-    if _is_silent(one):
-        known[fd] = one
+    reads, writes = one.readable(), one.writable()
+    if reads and not writes and getattr(one, "requests", None) == []:
+        known[fd] = one  # only its caller can find work for it
         silent.register(fd, select.EPOLLIN)
-    elif flags := _flags(one):
-        poller.register(fd, flags)
-
-
-def _is_silent(one: Any) -> bool:
-    """Tell whether it is a connection for which only its caller can find work."""
-    return getattr(one, "requests", None) == [] and one.readable() and not one.writable()
-
-
-def _flags(one: Any) -> int:
-    reads = select.POLLIN | select.POLLPRI if one.readable() else 0
-    writes = select.POLLOUT if one.writable() and not one.accepting else 0
-    return reads | writes
+    elif reads or writes:
+        waits = select.POLLIN | select.POLLPRI if reads else 0
+        poller.register(fd, waits | (select.POLLOUT if writes and not one.accepting else 0))
 
 
 class _Listener(socket.socket):

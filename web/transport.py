@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import requests
-from requests.structures import CaseInsensitiveDict
 
 from jobs import errors
 from web import outbound
@@ -38,8 +37,22 @@ MAX_ORIGINS = 8
 #: Up to this size an event is sent with its header, in one piece.
 ONE_PIECE_BYTES = 64 * 1024
 
+#: A wait may be as much longer or shorter than what is left.
+SLACK_SECONDS = 0.01
+
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})( [^\n]*)?\r?")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+
+
+class Answer(requests.Response):
+    """A status, and the headers by their names in lower case. Nothing else is told.
+
+    So it makes no cookie jar and the like, as its base does for each.
+    """
+
+    def __init__(self, status_code: int, headers: Mapping[str, str]) -> None:
+        self.status_code = status_code
+        self.headers = headers  # type: ignore[assignment]
 
 
 class Transport(requests.adapters.BaseAdapter):
@@ -63,7 +76,7 @@ class Transport(requests.adapters.BaseAdapter):
 
     def send(
         self, request: requests.PreparedRequest, *_: Any, timeout: Any = None, **__: Any
-    ) -> requests.Response:
+    ) -> Answer:
         """Send a request whose URL `outbound.parts` accepts; return its answer, without the body.
 
         Args:
@@ -200,16 +213,16 @@ def _head(parts: outbound.Parts, headers: Mapping[str, str]) -> bytes:
 
 def _exchange(
     connection: socket.socket, head: bytes, body: bytes, deadline: float
-) -> tuple[requests.Response, bool]:
+) -> tuple[Answer, bool]:
     """Send and receive; return the answer, and whether the connection can serve again."""
     reader = _Reader(connection, deadline)
     try:
-        connection.settimeout(_seconds_left(deadline))
+        _limit(connection, deadline)
         if len(body) <= ONE_PIECE_BYTES:
             connection.sendall(head + body)
         else:
             connection.sendall(head)
-            connection.settimeout(_seconds_left(deadline))
+            _limit(connection, deadline)
             connection.sendall(body)
     except (BrokenPipeError, ConnectionResetError):
         pass  # it may have answered before it had read all
@@ -226,14 +239,14 @@ class _Reader:
         self._deadline = deadline
         self._buffer = b""
 
-    def answer(self) -> tuple[requests.Response, int]:
+    def answer(self) -> tuple[Answer, int]:
         """Return the final status and its headers, and the minor version of HTTP."""
         while True:
             answer, version = _parsed(self._block())
             if answer.status_code >= 200:  # else it is an interim one (RFC 9110, section 15.2)
                 return answer, version
 
-    def drain(self, answer: requests.Response, version: int) -> bool:
+    def drain(self, answer: Answer, version: int) -> bool:
         """Read what is left of a short answer; return whether that was all of it.
 
         Whatever happens here, the answer came: a failure must not undo a delivery.
@@ -288,7 +301,7 @@ class _Reader:
         self._buffer = self._buffer[size:]
 
     def _receive(self) -> None:
-        self._connection.settimeout(_seconds_left(self._deadline))
+        _limit(self._connection, self._deadline)
         received = self._connection.recv(MAX_HEADER_BYTES)
         if not received and not self._buffer:
             raise http.client.RemoteDisconnected("closed without an answer")
@@ -297,21 +310,25 @@ class _Reader:
         self._buffer += received
 
 
-def _parsed(block: bytes) -> tuple[requests.Response, int]:
+def _parsed(block: bytes) -> tuple[Answer, int]:
     """Return the answer that a header tells, and the minor version of HTTP."""
     first, *lines = block.split(b"\n")
     found = _STATUS_LINE.fullmatch(first)
     if not found or len(lines) > MAX_HEADER_LINES:
         raise http.client.BadStatusLine(repr(first[:80]))
-    answer = requests.Response()
-    answer.status_code = int(found[2])
-    answer.headers = CaseInsensitiveDict(map(_field, lines))
-    return answer, int(found[1])
+    return Answer(int(found[2]), dict(map(_field, lines))), int(found[1])
 
 
 def _field(line: bytes) -> tuple[str, str]:
     name, _, text = line.decode("latin-1").partition(":")
-    return name, text.strip()
+    return name.lower(), text.strip()
+
+
+def _limit(connection: socket.socket, deadline: float) -> None:
+    """Give the next wait what is left, nearly: each change asks the system."""
+    left = _seconds_left(deadline)
+    if abs((connection.gettimeout() or 0.0) - left) > SLACK_SECONDS:
+        connection.settimeout(left)
 
 
 def _seconds_left(deadline: float) -> float:
