@@ -22,11 +22,11 @@ from jobs.analysis import Analyze, Progress, Report
 
 #: How long a thread keeps the interpreter while others want it, in seconds. The 5 ms that Python
 #: has by default make each answer wait 5 ms for each analysis (see bench/executors.py).
-SWITCH_SECONDS = 0.001
+SWITCH_SECONDS = 0.0002
 
 #: Each thread that waits for the interpreter asks for it once in that time. With more analyses than
 #: this the time grows with them, or thousands that end together do nothing but ask.
-CROWD = 32
+CROWD = 8
 
 #: Seconds until a worker that would not start is tried again.
 RETRY_SECONDS = 1.0
