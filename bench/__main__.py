@@ -1,7 +1,8 @@
 """`./run bench [part …]`: the service beside its peers, as tables in Markdown; about 20 minutes.
 
 Parts, by default all of them: `peers` (the same work through every system), `kill` (what a kill -9
-loses), `growth` (large journals, many jobs), `start` (time, memory, imports), `executors`.
+loses), `growth` (large journals, many jobs), `start` (time, memory, imports), `executors`; and
+only when it is named `steady` (an hour at half of what the service can do).
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import growth, kills, rounds, start
+from bench import growth, kills, rounds, start, steady
 from bench.systems import BARE, DATA, PEERS, PEERS_PYTHON, POSTBACK, ROOT, System, missing
 
 PICTURE = "docs/bench.svg"
@@ -24,7 +25,7 @@ def main() -> None:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what was started would stay
     print(f"{_machine()}\n")
-    for part in options.parts or PARTS:
+    for part in options.parts or USUAL:
         PARTS[part](options)
 
 
@@ -63,7 +64,13 @@ def executors(options: argparse.Namespace) -> None:
     subprocess.run(command, check=True)
 
 
-PARTS = {"peers": peers, "kill": kill, "growth": grow, "start": begin, "executors": executors}
+def hold(options: argparse.Namespace) -> None:
+    for line in steady.table(minutes=1 if options.quick else options.minutes):
+        print(line, flush=True)
+
+
+USUAL = {"peers": peers, "kill": kill, "growth": grow, "start": begin, "executors": executors}
+PARTS = USUAL | {"steady": hold}
 
 
 def _options() -> argparse.Namespace:
@@ -77,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--loads", nargs="+", default=[], choices=[one.name for one in rounds.CASES]
     )
+    parser.add_argument("--minutes", type=int, default=60, help="of `steady` (default 60)")
     parser.add_argument("--quick", action="store_true", help="one short round, about 4 minutes")
     options = parser.parse_args()
     if wrong := [part for part in options.parts if part not in PARTS]:

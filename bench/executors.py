@@ -38,7 +38,7 @@ RATE = 100
 BUSY = 4
 
 #: How long a thread keeps the interpreter, in seconds; 5 ms is what Python has by default.
-INTERVALS = (0.005, SWITCH_SECONDS, 0.0002, 0.00005)
+INTERVALS = (0.005, 0.001, SWITCH_SECONDS, 0.00005)
 
 
 def main() -> None:
