@@ -107,6 +107,11 @@ class Job(NamedTuple):
     resent_after: int
     forwarded: Mapping[str, str]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What each log line tells of it."""
+        return {"job_id": self.id, **self.forwarded}
+
 
 class Ending(NamedTuple):
     """How an analysis ended, ready to be posted.

@@ -1,9 +1,9 @@
-"""One daemon thread a job, a bounded number at once; attempts that are due; an orderly stop.
+"""One daemon thread a job, a bounded number of analyses at once; an orderly stop.
 
 Knows who does what when. A job is begun as it is accepted if there is a place, and else waits in
 the journal, until a thread claims it. Its thread runs the analysis, stores the event, gives up the
-place, and makes the first attempt. One scheduler thread starts the attempts that are due, ends what
-takes too long, and prunes.
+place, and makes the first attempt. One scheduler thread ends what takes too long, starts the
+attempts that are due (`jobs/attempts.py`), and prunes.
 """
 
 import contextlib
@@ -12,22 +12,19 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Protocol, TypeVar
 
-from jobs import cores, errors, model
+from jobs import cores, errors, model, waiting
 from jobs.analysis import Progress
+from jobs.attempts import Attempts, Postback
 from jobs.executors import Executor
 from jobs.journal import Journal
 from jobs.model import Outcome, State
 from jobs.threads import Threads
-
-#: Attempts under way at once, all receivers together and for one of them.
-MAX_ATTEMPTS = 256
-MAX_ATTEMPTS_PER_RECEIVER = 32
+from jobs.waiting import Alarm
 
 #: Jobs removed in one commit, so that nobody waits long for it.
 PRUNE_BATCH = 100
@@ -35,26 +32,10 @@ PRUNE_BATCH = 100
 #: Seconds between two commits that prune, while there is more.
 PRUNE_PAUSE_SECONDS = 0.05
 
-#: The longest sleep of the scheduler: it then looks for jobs to prune, and notices that the clock
-#: was set or the machine suspended.
-ROUND_SECONDS = 60.0
-
-#: Seconds until something that failed (the journal, a thread that would not start) is tried again.
-RETRY_SECONDS = 1.0
+#: Seconds between two looks for jobs to prune, when there was none.
+PRUNE_SECONDS = 60.0
 
 log = logging.getLogger("postback")
-
-T = TypeVar("T")
-
-
-class Postback(Protocol):
-    """What the runner asks of whoever posts events."""
-
-    #: No attempt is due later than this after another.
-    longest_wait_seconds: float
-
-    def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
-        """Make the job's next attempt; never raises."""
 
 
 class Observer:
@@ -121,17 +102,26 @@ class Runner:
     ) -> None:
         self._journal = journal
         self._executor = executor
-        self._postback = postback
         self._limits = limits
         self._result_url = result_url
         self._observer = observer or Observer()
         self._clock = clock
         self._threads = Threads()
+        self._alarm = Alarm()  # of the scheduler
+        self._stopped = threading.Event()
+        self._attempts = Attempts(
+            journal=journal,
+            postback=postback,
+            threads=self._threads,
+            alarm=self._alarm,
+            stopped=self._stopped,
+            clock=clock,
+            on_attempt=self._observer.attempted,
+            on_left=self._look_if_idle,
+        )
         self._of_thread = threading.local()  # jobs that a thread has accepted, and not started yet
         self._lock = threading.Lock()  # guards what follows, for a few lines at a time
         self._idle = threading.Condition(self._lock)
-        self._woken = threading.Condition(self._lock)
-        self._wake_at = math.inf  # when the scheduler looks again (monotonic)
         self._accepting = 0  # jobs that are being committed
         self._waiting = 0  # jobs in the journal that need a thread
         self._starting = 0  # threads that have not begun their job yet
@@ -140,22 +130,16 @@ class Runner:
         self._outlived: set[str] = set()  # ended by others; their threads have not come back yet
         self._suspects: deque[model.Job] = deque()  # not begun again yet
         self._alone: set[str] = set()  # suspects whose analysis has not ended
-        self._attempts: Counter[str] = Counter()  # under way, by receiver
-        self._backlog = False  # an attempt was due and found no place
-        self._finished = 0
         self._draining = False
-        self._stopped = threading.Event()
         self._prune_at = 0.0  # monotonic
-        self._last_round_at = clock()
         self._scheduler = threading.Thread(target=self._schedule, name="scheduler", daemon=True)
 
     # What the service asks for
 
     def start(self) -> None:
         """Take up what is unfinished, suspects first and alone, and begin to work."""
-        now = self._clock()
-        self._journal.advance(latest=self._latest(now))
-        suspects, waiting = self._journal.resume(now=now)
+        self._attempts.advance()
+        suspects, count = self._journal.resume(now=self._clock())
         for job in suspects:
             if job.starts < model.MAX_STARTS:
                 self._suspects.append(job)
@@ -163,9 +147,9 @@ class Runner:
                 message = f"The process ended {job.starts} times while it ran."
                 self._end(job, model.crashed(message), due_now=True)
         self._alone = {job.id for job in self._suspects}
-        self._waiting = waiting + len(self._suspects)
-        if suspects or waiting:
-            log.info("jobs resumed", extra={"waiting": waiting, "suspects": len(suspects)})
+        self._waiting = count + len(self._suspects)
+        if suspects or count:
+            log.info("jobs resumed", extra={"waiting": count, "suspects": len(suspects)})
         self._scheduler.start()  # whose first round starts what waits
 
     def accept(
@@ -194,7 +178,7 @@ class Runner:
         finally:
             self._admitted(job, body, begins=begins, accepted=accepted == job.id)
         if accepted == job.id:
-            log.info("job accepted", extra=_facts(job))
+            log.info("job accepted", extra=job.facts)
             self._observer.accepted(job)
         return accepted
 
@@ -222,7 +206,7 @@ class Runner:
             self._overtake(self._journal.job(job_id), model.canceled())
         else:
             self._count_waiting(-1)
-            self._wake()
+            self._alarm.ring()
 
     def resend(self, job_id: str) -> None:
         """Post an ended job's event again, under the same webhook-id.
@@ -232,7 +216,7 @@ class Runner:
             MoveError: It has not ended.
         """
         self._journal.resend(job_id, now=self._clock())
-        self._wake()
+        self._alarm.ring()
 
     def progress(self, job_id: str) -> Progress | None:
         """Return what a running analysis last said of itself, if it did."""
@@ -247,7 +231,7 @@ class Runner:
         """Return why no job can be accepted now; None when one can."""
         with self._lock:
             if self._journal.failure:  # have it probed, at most once in this time
-                self._wake_by(time.monotonic() + RETRY_SECONDS)
+                self._alarm.ring_by(time.monotonic() + waiting.RETRY_SECONDS)
             return self._refusal() or self._journal.failure
 
     def standstill(self) -> errors.UnavailableError | None:
@@ -264,16 +248,18 @@ class Runner:
         """
         with self._lock:
             self._draining = True
-            before = self._finished
+            self._attempts.drain()
+            before = self._attempts.finished
             self._idle.wait_for(self._is_idle, timeout=seconds)
             cut = list(self._running)
         self._stopped.set()
-        self._wake()
-        self._scheduler.join(RETRY_SECONDS)
+        self._alarm.ring()
+        self._scheduler.join(waiting.RETRY_SECONDS)
         self._threads.close()
         self._journal.put_back(cut)
-        waiting = self._journal.count_unfinished()
-        return Drained(finished=self._finished - before, waiting=waiting)
+        return Drained(
+            finished=self._attempts.finished - before, waiting=self._journal.count_unfinished()
+        )
 
     # Accept
 
@@ -312,16 +298,17 @@ class Runner:
     def _start_begun(self, job: model.Job, body: bytes) -> None:
         if self._stopped.is_set():  # it is put back
             return
-        if self._start_thread(job.id, self._work_on, job, body):
+        if self._threads.start(job.id, self._work_on, job, body):
             return
         returned = 0
         with contextlib.suppress(errors.JournalError):  # the process is about to end
-            returned = self._insist(lambda: self._journal.put_back([job.id]))
+            returned = waiting.insist(lambda: self._journal.put_back([job.id]), self._stopped)
         with self._lock:  # it waits in the journal, as if it had not begun
             del self._running[job.id]
             self._outlived.discard(job.id)
             self._waiting += returned
             self._notify_if_idle()
+        self._alarm.ring()
 
     def _count_waiting(self, change: int) -> None:
         with self._lock:
@@ -332,9 +319,10 @@ class Runner:
     def _start_waiting(self) -> None:
         """Start a thread for each waiting job that there is a place for."""
         while self._take_place():
-            if not self._start_thread("job", self._work):  # the job waits in the journal
+            if not self._threads.start("job", self._work):  # the job waits in the journal
                 with self._lock:
                     self._starting -= 1
+                self._alarm.ring()
                 return
 
     def _take_place(self) -> bool:
@@ -348,23 +336,6 @@ class Runner:
         places = 1 if self._alone else self._limits.max_running
         running = self._alone & self._running.keys() if self._alone else self._running
         return self._starting + len(running) < places
-
-    def _start_thread(self, name: str, work: Callable[..., None], *args: Any) -> bool:
-        try:
-            self._threads.start(name, self._guard, work, *args)
-        except RuntimeError as exc:  # a limit of the machine
-            log.warning("thread failed to start", extra={"error": str(exc)})
-            self._wake()
-            return False
-        return True
-
-    def _guard(self, work: Callable[..., None], *args: Any) -> None:
-        try:
-            work(*args)
-        except errors.JournalError:
-            pass  # the process is about to end; the job is taken up by the next start
-        except Exception:
-            log.exception("thread failed", extra={"job_id": threading.current_thread().name})
 
     def _work(self) -> None:
         """Begin the next job, and take it to its first attempt."""
@@ -383,13 +354,13 @@ class Runner:
         finally:
             self._leave_place(job.id)
         if event:
-            self._deliver(job, event)
+            self._attempts.deliver(job, event)
 
     def _begin(self) -> tuple[model.Job, bytes] | None:
         """Begin the next job, a suspect first."""
         with self._lock:
             suspect = self._suspects.popleft() if self._suspects else None
-        begun = self._insist(lambda: self._begin_in_journal(suspect))
+        begun = waiting.insist(lambda: self._begin_in_journal(suspect), self._stopped)
         with self._lock:
             self._starting -= 1
             if begun or suspect:
@@ -405,7 +376,7 @@ class Runner:
     def _note_running(self, job_id: str) -> None:
         """Keep a job that has begun in mind. The lock is held."""
         self._running[job_id] = times_out_at = self._times_out_at()
-        self._wake_by(times_out_at)
+        self._alarm.ring_by(times_out_at)
 
     def _begin_in_journal(self, suspect: model.Job | None) -> tuple[model.Job, bytes] | None:
         if suspect:
@@ -419,16 +390,17 @@ class Runner:
     def _analyze(self, job: model.Job, body: bytes) -> tuple[model.Job, bytes | None]:
         """Return the job as it ended, and its event if this thread is to post it."""
         ending = self._executor.run(job.id, body, functools.partial(self._report, job.id))
-        with self._lock:
-            taken = self._take_attempts(job.receiver, 1)
+        taken = self._attempts.take(job.receiver)
         try:
-            job, event = self._insist(lambda: self._end(job, ending, due_now=not taken))
+            end = functools.partial(self._end, job, ending, due_now=not taken)
+            job, event = waiting.insist(end, self._stopped)
         except errors.MoveError:  # it was canceled, or timed out
-            log.info("late result ignored", extra=_facts(job))
-            self._leave_attempts(job.receiver, taken)
+            log.info("late result ignored", extra=job.facts)
+            if taken:
+                self._attempts.leave(job.receiver)
             return job, None
         if not taken:  # a place may have come free before the attempt was due
-            self._wake()
+            self._alarm.ring()
         return job, event.body if taken else None
 
     def _report(self, job_id: str, progress: Progress) -> None:
@@ -456,7 +428,7 @@ class Runner:
         self._journal.end(job, ending.outcome, event, finished_at=now, due_at=due_at, source=source)
         job = job._replace(state=State.DELIVERING, outcome=ending.outcome, finished_at=now)
         level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
-        log.log(level, "analysis ended", extra=_facts(job) | {"outcome": ending.outcome})
+        log.log(level, "analysis ended", extra=job.facts | {"outcome": ending.outcome})
         self._observer.finished(job)
         return job, event
 
@@ -476,13 +448,13 @@ class Runner:
                 self._outlived -= {job.id} if is_first else set()
             raise
         if not self._executor.stop(job.id):
-            log.warning("thread outlived its job", extra=_facts(job))
+            log.warning("thread outlived its job", extra=job.facts)
         with self._lock:
             self._forget_limit(job.id)
             self._alone.discard(job.id)  # the others need not wait for its thread
             self._notify_if_idle()
         self._start_waiting()
-        self._wake()
+        self._alarm.ring()
 
     def _leave_place(self, job_id: str) -> None:
         with self._lock:
@@ -493,81 +465,19 @@ class Runner:
             self._notify_if_idle()
         self._start_waiting()
 
-    # Attempts
-
-    def _take_attempts(self, receiver: str, wanted: int) -> int:
-        """Take places for attempts, and return how many were free. The lock is held."""
-        room = min(
-            MAX_ATTEMPTS_PER_RECEIVER - self._attempts[receiver],
-            MAX_ATTEMPTS - self._attempts.total(),
-        )
-        taken = max(0, min(room, wanted))
-        self._backlog |= taken < wanted
-        self._attempts[receiver] += taken
-        return taken
-
-    def _leave_attempts(self, receiver: str, count: int) -> None:
-        with self._lock:
-            self._attempts[receiver] -= count
-            if not self._attempts[receiver]:
-                del self._attempts[receiver]
-            if self._backlog and count:
-                self._backlog = False
-                self._wake_by(0.0)
-            self._notify_if_idle()
-
-    def _deliver(self, job: model.Job, event: bytes) -> None:
-        """Make one attempt, in a place that was taken, and store what follows from it."""
-        try:
-            attempt = self._postback.attempt(job, event)
-            state = self._insist(lambda: self._journal.record(job, attempt, now=self._clock()))
-            self._log_attempt(job, attempt, state)
-            self._observer.attempted(job, attempt, state)
-            self._note_next(attempt.seconds_until_next)
-        finally:
-            self._leave_attempts(job.receiver, 1)
-
-    def _note_next(self, seconds: float | None) -> None:
-        with self._lock:
-            if seconds is None:
-                self._finished += 1
-            else:
-                self._wake_by(time.monotonic() + seconds)
-
-    def _log_attempt(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
-        if attempt.error:
-            log.warning(
-                "attempt failed",
-                extra=_facts(job)
-                | {
-                    "attempt": attempt.number,
-                    "status_code": attempt.status_code,
-                    "error": attempt.error,
-                    "seconds_until_next": attempt.seconds_until_next,
-                },
-            )
-        if state is not State.DELIVERING:
-            story = {
-                "outcome": job.outcome,
-                "starts": job.starts,
-                "attempts": attempt.number,
-                "seconds": round((self._clock() - job.created_at).total_seconds(), 3),
-            }
-            log.info("job %s", state, extra=_facts(job) | story)
-
     # The scheduler's thread
 
     def _schedule(self) -> None:
         cores.keep_to_one()
         while not self._stopped.is_set():
-            seconds = RETRY_SECONDS
+            seconds = waiting.RETRY_SECONDS
             try:
                 seconds = self._round()
             except errors.JournalError:
                 pass  # logged where it was seen
             except Exception:
                 log.exception("scheduler failed")
-            self._sleep(seconds)
+            self._alarm.sleep(seconds)
 
     def _round(self) -> float:
         """Do what is due, and return how many seconds there is nothing to do."""
@@ -577,7 +487,7 @@ class Runner:
         return min(
             self._end_overdue(),
             self._stop_outlived(),
-            self._start_due(),
+            self._attempts.start_due(),
             self._prune(),
             self._until_next_start(),
         )
@@ -610,97 +520,30 @@ class Runner:
             outlived = list(self._outlived)
         for job_id in outlived:
             self._executor.stop(job_id)
-        return RETRY_SECONDS if outlived else math.inf
-
-    def _start_due(self) -> float:
-        """Start the attempts that are due; return the seconds until the next one is."""
-        soonest, now = ROUND_SECONDS, self._clock()
-        if now < self._last_round_at:  # the clock was set back
-            self._journal.advance(latest=self._latest(now))
-        self._last_round_at = now
-        for receiver, due_at in [] if self._draining else self._journal.earliest_attempts():
-            seconds = (due_at - now).total_seconds()
-            if seconds > 0:
-                soonest = min(soonest, seconds)
-            elif self._start_attempts(receiver, now):
-                soonest = 0.0  # there may be more
-        return soonest
-
-    def _start_attempts(self, receiver: str, now: datetime) -> int:
-        """Start attempts that are due for one receiver; return how many."""
-        with self._lock:
-            places = self._take_attempts(receiver, MAX_ATTEMPTS_PER_RECEIVER)
-        claimed: list[tuple[model.Job, bytes]] = []
-        try:
-            if places:
-                claimed = self._journal.claim_due(receiver, now=now, limit=places)
-        finally:
-            self._leave_attempts(receiver, places - len(claimed))
-        for job, event in claimed:
-            if not self._start_thread(job.id, self._deliver, job, event):
-                self._journal.put_off(job.id, until=now + timedelta(seconds=RETRY_SECONDS))
-                self._leave_attempts(receiver, 1)
-        return len(claimed)
+        return waiting.RETRY_SECONDS if outlived else math.inf
 
     def _prune(self) -> float:
         """Remove some jobs that ended before RETENTION; return the seconds until the next look."""
         if time.monotonic() >= self._prune_at:
             before = self._clock() - timedelta(seconds=self._limits.retention_seconds)
             more = self._journal.prune(before=before, limit=PRUNE_BATCH) >= PRUNE_BATCH
-            self._prune_at = time.monotonic() + (PRUNE_PAUSE_SECONDS if more else ROUND_SECONDS)
+            self._prune_at = time.monotonic() + (PRUNE_PAUSE_SECONDS if more else PRUNE_SECONDS)
         return self._prune_at - time.monotonic()
 
     def _until_next_start(self) -> float:
         with self._lock:
             stuck = self._waiting > self._starting and not self._running and not self._draining
-        return RETRY_SECONDS if stuck else math.inf
-
-    def _latest(self, now: datetime) -> datetime:
-        return now + timedelta(seconds=self._postback.longest_wait_seconds)
-
-    # Waiting and waking
-
-    def _sleep(self, seconds: float) -> None:
-        with self._lock:
-            if self._wake_at > 0:
-                self._wake_at = time.monotonic() + seconds
-                self._woken.wait_for(lambda: self._wake_at == 0, timeout=max(0.0, seconds))
-            self._wake_at = math.inf
-
-    def _wake(self) -> None:
-        with self._lock:
-            self._wake_by(0.0)
-
-    def _wake_by(self, moment: float) -> None:
-        """Make the scheduler look again by a moment (monotonic). The lock is held."""
-        if moment < self._wake_at:
-            self._wake_at = 0.0
-            self._woken.notify()
-
-    def _insist(self, work: Callable[[], T]) -> T:
-        """Return what a write returns, trying until the journal takes it: nothing else may follow.
-
-        Raises:
-            JournalError: It never will, or the service stops.
-        """
-        while True:
-            try:
-                return work()
-            except errors.JournalLostError:
-                raise
-            except errors.JournalError:
-                if self._stopped.wait(RETRY_SECONDS):
-                    raise
+        return waiting.RETRY_SECONDS if stuck else math.inf
 
     def _is_idle(self) -> bool:
         # A job whose outcome is stored is not waited for, though its thread may go on.
-        busy = self._accepting or self._starting or self._attempts
+        busy = self._accepting or self._starting or self._attempts.are_under_way
         return not busy and self._running.keys() <= self._outlived
+
+    def _look_if_idle(self) -> None:
+        with self._lock:
+            self._notify_if_idle()
 
     def _notify_if_idle(self) -> None:
         if self._draining and self._is_idle():
             self._idle.notify_all()
-
-
-def _facts(job: model.Job) -> dict[str, Any]:
-    return {"job_id": job.id, **job.forwarded}

@@ -5,16 +5,19 @@ first it runs slowly: with a new thread for each job a quarter of the jobs a sec
 """
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from jobs import cores
+from jobs import cores, errors
 
 #: Threads that are kept, though they have nothing to do.
 MAX_IDLE = 64
+
+log = logging.getLogger("postback")
 
 _Work = tuple[str, Callable[..., None], tuple[Any, ...]]
 
@@ -26,19 +29,18 @@ class Threads:
         self._idle: deque[SimpleQueue[_Work | None]] = deque()
         self._closed = False
 
-    def start(self, name: str, work: Callable[..., None], *args: Any) -> None:
-        """Do some work, which must not raise, in a thread of that name.
+    def start(self, name: str, work: Callable[..., None], *args: Any) -> bool:
+        """Do some work in a thread of that name; what it raises is logged.
 
-        Raises:
-            RuntimeError: The machine allows no more threads.
+        Returns:
+            False, if the machine allows no more threads.
         """
         try:
             inbox = self._idle.pop()
         except IndexError:
-            first = (name, work, args)
-            threading.Thread(target=self._live, args=first, name=name, daemon=True).start()
-        else:
-            inbox.put((name, work, args))
+            return _start(self._live, name, work, args)
+        inbox.put((name, work, args))
+        return True
 
     def close(self) -> None:
         """End the threads that do nothing, and each other one once it is done."""
@@ -49,7 +51,7 @@ class Threads:
 
     def _live(self, name: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
         cores.keep_to_one()
-        work(*args)
+        _do(work, args)
         inbox: SimpleQueue[_Work | None] = SimpleQueue()
         while not self._closed and len(self._idle) < MAX_IDLE:
             del name, work, args  # a payload is not kept in memory longer than it is needed
@@ -59,4 +61,22 @@ class Threads:
             name, work, args = told
             del told
             threading.current_thread().name = name
-            work(*args)
+            _do(work, args)
+
+
+def _start(live: Callable[..., None], name: str, *args: Any) -> bool:
+    try:
+        threading.Thread(target=live, args=(name, *args), name=name, daemon=True).start()
+    except RuntimeError as exc:
+        log.warning("thread failed to start", extra={"error": str(exc)})
+        return False
+    return True
+
+
+def _do(work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    try:
+        work(*args)
+    except errors.JournalError:
+        pass  # the process is about to end; the job is taken up by the next start
+    except Exception:
+        log.exception("thread failed", extra={"job_id": threading.current_thread().name})

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from jobs import errors, model, runner
+from jobs import attempts, errors, model, runner, waiting
 from jobs.analysis import Progress
 from jobs.executors import ThreadExecutor
 from jobs.journal import Journal
@@ -128,8 +128,9 @@ def journal(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Make the pauses between two looks short."""
-    monkeypatch.setattr(runner, "ROUND_SECONDS", 0.02)
-    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(attempts, "ROUND_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "PRUNE_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(runner, "PRUNE_PAUSE_SECONDS", 0.01)
 
 
@@ -137,14 +138,14 @@ def hasty(monkeypatch):
 def no_threads(monkeypatch):
     """Let no thread of a job or an attempt start, until the returned event is set."""
     allowed = threading.Event()
-    start = Threads.start
+    start = threading.Thread.start
 
-    def limited(self, *work):
-        if not allowed.is_set():
+    def limited(thread):
+        if not allowed.is_set() and getattr(thread._target, "__func__", None) is Threads._live:
             raise RuntimeError("can't start new thread")
-        start(self, *work)
+        start(thread)
 
-    monkeypatch.setattr(Threads, "start", limited)
+    monkeypatch.setattr(threading.Thread, "start", limited)
     return allowed
 
 
@@ -226,8 +227,13 @@ def test_an_attempt_whose_thread_cannot_start_is_made_later(journal, no_threads,
 
 def test_a_thread_whose_job_was_canceled_before_it_began_does_nothing(journal, monkeypatch):
     held = []
+
+    def hold(_, name, work, *args):
+        held.append((work, args))
+        return True
+
     with monkeypatch.context() as patch:
-        patch.setattr(Threads, "start", lambda _, name, work, *args: held.append((work, args)))
+        patch.setattr(Threads, "start", hold)
         one = runner_of(journal)
         one.start()
         accept(one), accept(one)
@@ -365,7 +371,7 @@ def test_a_connection_the_receiver_has_closed_costs_no_postback(start, receiver)
 
 
 def test_a_dead_receiver_does_not_hold_up_a_good_one(start, receiver, monkeypatch):
-    monkeypatch.setattr(runner, "MAX_ATTEMPTS_PER_RECEIVER", 2)
+    monkeypatch.setattr(attempts, "MAX_ATTEMPTS_PER_RECEIVER", 2)
     released = threading.Event()
     with Receiver(default=lambda *_: released.wait(10) and 204) as slow:
         service = start(
@@ -391,10 +397,10 @@ def test_an_attempt_whose_place_came_free_before_it_was_due_is_made_at_once(jour
     end = journal.end
 
     def end_late(*args, **kwargs):
-        monkeypatch.setattr(runner, "MAX_ATTEMPTS_PER_RECEIVER", 32)
+        monkeypatch.setattr(attempts, "MAX_ATTEMPTS_PER_RECEIVER", 32)
         end(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "MAX_ATTEMPTS_PER_RECEIVER", 0)
+    monkeypatch.setattr(attempts, "MAX_ATTEMPTS_PER_RECEIVER", 0)
     monkeypatch.setattr(journal, "end", end_late)
     one.start()
 

@@ -10,7 +10,7 @@ import requests
 
 import app
 import config
-from jobs import errors, model, runner
+from jobs import errors, model, waiting
 from tests.harness import InProcess, events, poll
 from tests.test_runner import accept, journal_at
 from tests.test_storage import fault
@@ -52,7 +52,7 @@ class Failing(sqlite3.Connection):
 @pytest.fixture(autouse=True)
 def failing_connections(monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Failing))
-    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "RETRY_SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from jobs import model, runner
+from jobs import attempts, model
 from postback import Sender
 from tests.harness import ROOT, RealProcess, events, poll
 from tests.launcher import KILLED
@@ -547,7 +547,7 @@ def test_g23_an_analysis_that_finds_no_memory_has_failed_and_the_service_goes_on
 def test_g25_g26_a_clock_that_jumps_neither_burns_attempts_nor_puts_them_off(
     monkeypatch, tmp_path, hours
 ):
-    monkeypatch.setattr(runner, "ROUND_SECONDS", 0.02)
+    monkeypatch.setattr(attempts, "ROUND_SECONDS", 0.02)
     clock = Clock()
     with Receiver(default=503) as receiver, journal_at(tmp_path / "journal.db") as journal:
         sender = Sender(
@@ -565,14 +565,14 @@ def test_g25_g26_a_clock_that_jumps_neither_burns_attempts_nor_puts_them_off(
         before = poll(lambda: journal.job(job_id).next_attempt_at, "the second attempt")
 
         clock.now += timedelta(hours=hours)
-        attempts = 2 if before <= clock.now else 1
-        receiver.wait_for(attempts)
+        made = 2 if before <= clock.now else 1
+        receiver.wait_for(made)
         longest = timedelta(seconds=sender.longest_wait_seconds)
         job = poll(lambda: is_due_within(journal.job(job_id), clock, longest), "an early attempt")
         one.drain(1)
         sender.close()
 
-    assert job.attempts == len(receiver.requests) == attempts
+    assert job.attempts == len(receiver.requests) == made
 
 
 def is_due_within(job: model.Job, clock: Clock, longest: timedelta) -> model.Job | None:
