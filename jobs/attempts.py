@@ -26,6 +26,9 @@ MAX_ATTEMPTS_PER_RECEIVER = 32
 #: or the machine suspended.
 ROUND_SECONDS = 60.0
 
+#: What the log says of a job that has ended.
+_ENDED = {State.DELIVERED: "job delivered", State.UNDELIVERED: "job undelivered"}
+
 log = logging.getLogger("postback")
 
 
@@ -192,4 +195,4 @@ class Attempts:
                 "attempts": attempt.number,
                 "seconds": round((self._clock() - job.created_at).total_seconds(), 3),
             }
-            log.info("job %s", state, extra=job.facts | story)
+            log.info(_ENDED[state], extra=job.facts | story)

@@ -2,7 +2,7 @@
 
 Python lets one thread of a process run at a time. On several cores each hand-over wakes another
 core, which cost more than the work that was handed over. So the threads that serve keep to one
-core; what they analyze, and the processes that are started, may use every one.
+core; analyses, unless they are always short, and the processes that are started may use every one.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ class Roaming:
 
     def __call__(self, *args: Any) -> Any:
         """Return what the function returns for the arguments."""
-        roams = _CAN and self._roams > 0
-        if roams:
+        before = os.sched_getaffinity(0) if _CAN and self._roams else None
+        if before:
             _keep_to(_every())
         began = time.monotonic()
         try:
@@ -51,8 +51,8 @@ class Roaming:
         finally:
             is_short = time.monotonic() - began < SHORT_SECONDS
             self._roams = max(0, self._roams - 1) if is_short else RUNS
-            if roams:
-                keep_to_one()
+            if before:
+                _keep_to(before)
 
 
 def _keep_to(cores: set[int]) -> None:

@@ -182,7 +182,7 @@ class Journal:
             _move(connection, _END, row, wanted=wanted)
             connection.execute(_KEEP_EVENT, row)
 
-        self._storage.write(work)
+        self._storage.write(work, promised=outcome is Outcome.CANCELED)
 
     def put_back(self, job_ids: Iterable[str]) -> int:
         """Return begun jobs to `accepted`, as if they had not been; return how many there were."""
@@ -450,7 +450,7 @@ _ACCEPT = """
                       idempotency_key, body_sha256)
     VALUES (:id, :state, :postback_url, :receiver, :starts, :created_at, :started_at, :forwarded,
             :idempotency_key, :body_sha256)
-    ON CONFLICT DO NOTHING
+    ON CONFLICT (idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 """
 
 _BY_KEY = "SELECT id, body_sha256 FROM jobs WHERE idempotency_key = :idempotency_key"

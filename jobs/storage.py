@@ -22,8 +22,8 @@ from jobs import errors
 #: Marks the file as ours: "Post" in ASCII.
 APPLICATION_ID = 0x506F7374
 
-#: The schema this code reads and writes. A newer file is refused.
-SCHEMA_VERSION = 1
+#: The schema of a new file. A newer one is refused; 1 had other indexes, and is used as it is.
+SCHEMA_VERSION = 2
 
 #: After a burst the write-ahead log shrinks to this many bytes.
 WAL_LIMIT_BYTES = 64 * 1024 * 1024
@@ -153,9 +153,10 @@ class Storage:
         """
         with self._lock:
             try:
+                connection = self._open_connection()
                 if promised:
                     self._refuse_replaced()
-                result = self._transact(work)
+                result = self._transact(connection, work)
             except sqlite3.Error as exc:
                 raise self._failed(exc) from exc
             finally:
@@ -209,8 +210,9 @@ class Storage:
                 part.unlink(missing_ok=True)
             raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
 
-    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        connection = self._open_connection()
+    def _transact(
+        self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]
+    ) -> T:
         connection.execute("BEGIN IMMEDIATE")
         changes = connection.total_changes
         result = work(connection)

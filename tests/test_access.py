@@ -104,7 +104,9 @@ def coloured(stream: io.StringIO, level: int) -> str:
     before = root.handlers[:], root.level
     logs.configure("info", "text", stream)
     logging.getLogger("postback").log(level, "journal failed")
-    root.handlers[0].flush()
+    (handler,) = root.handlers
+    handler.flush()
+    handler.close()
     root.handlers[:], root.level = before
     logging.captureWarnings(capture=False)
     return stream.getvalue()

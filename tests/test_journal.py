@@ -413,6 +413,21 @@ def test_what_is_promised_is_settled_before_the_answer(opened, monkeypatch, oper
     assert len(syncs) == is_promised
 
 
+@pytest.mark.parametrize(("source", "is_promised"), [(State.ACCEPTED, 1), (State.RUNNING, 0)])
+def test_that_a_job_was_canceled_is_promised_that_it_ended_is_not(
+    opened, monkeypatch, source, is_promised
+):
+    job = BRING_TO[source](opened)
+    opened.settle()
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", syncs.append)
+
+    end(opened, job, source=source)
+    opened.settle()
+
+    assert len(syncs) == is_promised
+
+
 @pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY"])
 @pytest.mark.parametrize("number", range(1, OPERATIONS + 2))
 def test_whichever_operation_fails_no_id_is_returned_without_its_row(opened, code, number):

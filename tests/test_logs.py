@@ -249,10 +249,9 @@ def test_a_flush_waits_for_what_is_being_written_but_not_for_ever(monkeypatch):
         flush()
     assert stream.getvalue() == ""
 
-    stream.let.set()
-    log.info("second")
+    threading.Timer(0.05, stream.let.set).start()
     flush()
-    assert "second" in stream.getvalue()
+    assert "first" in stream.getvalue()
 
 
 def test_a_handler_that_is_closed_ends_its_thread_once_all_is_written():
@@ -280,6 +279,39 @@ def test_lines_of_many_threads_are_whole():
 
     assert sorted(map(int, found)) == list(range(1000))
     assert stream.getvalue().count("\n") == 1000
+
+
+def test_no_line_is_lost_because_lines_come_faster_than_they_are_written():
+    def act() -> None:
+        for number in range(3 * logs.MAX_LINES):
+            log.info("phrase", extra={"number": number})
+
+    numbers = re.findall(r" number=(\d+)\n", written("text", act))
+
+    assert list(map(int, numbers)) == list(range(3 * logs.MAX_LINES))
+
+
+def test_a_line_tells_what_was_so_when_it_was_logged():
+    def act() -> None:
+        state = [1]
+        log.info("it is %s", state)
+        state.append(2)
+
+    assert "it is [1]\n" in written("text", act)
+
+
+def test_what_an_analysis_forks_logs_too(tmp_path):
+    path = tmp_path / "log"
+    with path.open("w", encoding="utf-8") as stream:
+        logs.configure("info", "text", stream)
+        log.info("parent")
+        flush()
+        if not (child := os.fork()):
+            log.info("child")
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    assert re.findall(r"postback (\w+)", path.read_text("utf-8")) == ["parent", "child"]
 
 
 def test_a_message_that_does_not_fit_its_values_stops_nobody():

@@ -221,7 +221,9 @@ def test_a_closed_journal_says_that_the_service_stops(opened):
         ("foreign_keys", 1),
         ("journal_size_limit", 64 * 1024 * 1024),
         ("application_id", int.from_bytes(b"Post")),
-        ("user_version", 1),
+        ("user_version", 2),
+        ("page_size", 2048),
+        ("wal_autocheckpoint", 2000),
     ],
 )
 def test_the_pragmas_are_really_set(opened, pragma, value):
@@ -362,9 +364,9 @@ def test_the_database_of_another_program_is_refused_and_left_as_it_is(path):
 def test_a_newer_schema_is_refused(path, opened):
     opened.close()
     with closing(sqlite3.connect(path)) as newer:
-        newer.execute("PRAGMA user_version = 2")
+        newer.execute("PRAGMA user_version = 3")
 
-    assert "newer version (schema 2, this reads 1)" in refusal(path)
+    assert "newer version (schema 3, this reads 2)" in refusal(path)
 
 
 def test_an_empty_file_that_was_never_used_is_a_new_journal(path, reopen):
@@ -771,6 +773,8 @@ def test_a_file_that_is_no_longer_there_is_lost(tmp_path, reopen, act):
 
     with pytest.raises(errors.JournalLostError, match="removed or replaced"):
         one.promise("b")
+    with pytest.raises(errors.JournalLostError):
+        one.promise("c")
     with pytest.raises(errors.JournalLostError):
         one.notes()
     assert one.times_lost == 1

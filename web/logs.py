@@ -82,18 +82,25 @@ class Handler(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
-        self._records: deque[logging.LogRecord] = deque(maxlen=MAX_LINES)
+        self._waiting: deque[logging.LogRecord | str] = deque(maxlen=MAX_LINES)
         self._told = threading.Event()
         self._written = threading.Condition()
         self._closing = threading.Event()
         self._is_writing = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
+        self._is_fork = False
+        os.register_at_fork(after_in_child=self._go_on_without_thread)
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Have a record written soon."""
-        self._records.append(record)
-        if not self._told.is_set():
+        # What may change until then is made text at once; and where lines come faster than they are
+        # written, whoever brings them makes them.
+        is_urgent = record.args or record.exc_info or len(self._waiting) >= MAX_LINES // 2
+        self._waiting.append(_line(self, record) if is_urgent else record)
+        if self._is_fork:
+            self._write()
+        elif not self._told.is_set():
             self._told.set()
         return True
 
@@ -101,7 +108,7 @@ class Handler(logging.Handler):
         """Wait until what was logged is written, but not for ever."""
         with self._written:
             self._written.wait_for(
-                lambda: not (self._records or self._is_writing), timeout=FLUSH_SECONDS
+                lambda: not (self._waiting or self._is_writing), timeout=FLUSH_SECONDS
             )
 
     def close(self) -> None:
@@ -112,25 +119,35 @@ class Handler(logging.Handler):
 
     def _run(self) -> None:
         cores.keep_to_one()
-        while not self._closing.is_set() or self._records:
+        while not self._closing.is_set() or self._waiting:
             self._told.wait()
             self._told.clear()
             self._is_writing = True
-            lines = [self._line(self._records.popleft()) for _ in range(len(self._records))]
-            with contextlib.suppress(Exception):  # no stream, a closed one, a full disk
-                self._stream.write("".join(lines))
-                self._stream.flush()
+            self._write()
             with self._written:
                 self._is_writing = False
                 self._written.notify_all()
-            self._closing.wait(PAUSE_SECONDS)
+            if len(self._waiting) < MAX_LINES // 2:
+                self._closing.wait(PAUSE_SECONDS)
 
-    def _line(self, record: logging.LogRecord) -> str:
-        try:
-            return self.format(record) + "\n"
-        except Exception:  # noqa: BLE001 - a library's message that does not fit its values
-            self.handleError(record)
-            return ""
+    def _write(self) -> None:
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        lines = [one if isinstance(one, str) else _line(self, one) for one in waiting]
+        with contextlib.suppress(Exception):  # no stream, a closed one, a full disk
+            self._stream.write("".join(lines))
+            self._stream.flush()
+
+    def _go_on_without_thread(self) -> None:
+        """Write each line at once: a child that an analysis forks does not have the thread."""
+        self._is_fork = True
+        self._waiting.clear()  # the parent writes these
+
+
+def _line(handler: logging.Handler, record: logging.LogRecord) -> str:
+    try:
+        return handler.format(record) + "\n"
+    except BaseException:  # noqa: BLE001 - a message that does not fit its values, or worse
+        return ""
 
 
 class TextFormatter(logging.Formatter):

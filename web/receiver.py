@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -104,11 +105,17 @@ def main() -> None:
         sys.exit(f"{exc}")
 
 
+def _leave() -> None:
+    """End the process because the journal is lost, once the log tells it."""
+    logging.shutdown()
+    os._exit(74)
+
+
 def _serve(host: str, port: int, journal_path: Path, secrets: Sequence[str]) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    journal = Journal(journal_path, on_lost=lambda: os._exit(74))
+    journal = Journal(journal_path, on_lost=_leave)
     journal.open()
     receiver = Receiver(
         journal,

@@ -1,4 +1,4 @@
--- The journal of version 0.1.0 with three jobs: delivering, running and accepted.
+-- A journal of schema 1 with three jobs: delivering, running and accepted.
 PRAGMA application_id = 1349481332;
 PRAGMA user_version = 1;
 BEGIN TRANSACTION;

@@ -456,9 +456,12 @@ def test_g30_jobs_pending_in_a_journal_of_each_version_are_delivered(
         old.executescript(path.read_text(encoding="utf-8"))
     service = start_process(ANALYSIS=ECHO, POSTBACK_URL=receiver.url)
 
+    key = {"Idempotency-Key": "one"}
+    new = {service.process({"data": 1}, headers=key) for _ in range(2)}
     jobs = [service.wait_for(job["id"]) for job in service.get("/jobs").json()["jobs"]]
 
-    assert [job["state"] for job in jobs] == ["delivered"] * 3
+    assert len(new) == 1
+    assert [job["state"] for job in jobs] == ["delivered"] * 4
     assert {event["data"]["id"] for event in events(receiver.requests)} == {
         job["id"] for job in jobs
     }
