@@ -131,8 +131,11 @@ class Handler(logging.Handler):
                 self._closing.wait(PAUSE_SECONDS)
 
     def _write(self) -> None:
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        lines = [one if isinstance(one, str) else _line(self, one) for one in waiting]
+        lines = []
+        with contextlib.suppress(IndexError):  # in a fork another thread may take them, too
+            for _ in range(len(self._waiting)):
+                one = self._waiting.popleft()
+                lines.append(one if isinstance(one, str) else _line(self, one))
         with contextlib.suppress(Exception):  # no stream, a closed one, a full disk
             self._stream.write("".join(lines))
             self._stream.flush()
