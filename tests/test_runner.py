@@ -187,13 +187,13 @@ def test_a_job_runs_in_a_daemon_thread_named_by_its_id(start, gate):
 def test_a_receiver_that_hangs_does_not_hold_up_the_analyses(start, receiver):
     receiver.default = behaviour.hang
     service = start(
-        **ECHO, POSTBACK_URL=receiver.url, POSTBACK_TIMEOUT="1s", MAX_RUNNING="1", DRAIN="50ms"
+        **ECHO, POSTBACK_URL=receiver.url, POSTBACK_TIMEOUT="10s", MAX_RUNNING="1", DRAIN="50ms"
     )
 
     for number in range(1, 6):
         service.process({"data": number})
 
-    assert len(receiver.wait_for(5, timeout=0.9)) == 5
+    assert len(receiver.wait_for(5, timeout=5)) == 5
 
 
 def test_a_thread_that_cannot_start_leaves_its_job_to_be_run_later(

@@ -114,11 +114,11 @@ def test_json(shared, body, code):
 @pytest.mark.parametrize(
     ("body", "limit_ms"),
     [
-        pytest.param(lists(1000), 5, id="C04 1,000"),
-        pytest.param(lists(100_000), 5, id="C04 100,000 lists"),
-        pytest.param(objects(100_000), 5, id="C04 100,000 objects"),
-        pytest.param(of("9" * 4301), 5, id="C05 4,301 digits"),
-        pytest.param(of("9" * 1_000_000), 5, id="C05 1 MB of digits"),
+        pytest.param(lists(1000), 50, id="C04 1,000"),
+        pytest.param(lists(100_000), 50, id="C04 100,000 lists"),
+        pytest.param(objects(100_000), 50, id="C04 100,000 objects"),
+        pytest.param(of("9" * 4301), 50, id="C05 4,301 digits"),
+        pytest.param(of("9" * 1_000_000), 50, id="C05 1 MB of digits"),
     ],
 )
 def test_what_would_take_long_is_refused_at_once(body, limit_ms):

@@ -445,7 +445,7 @@ def test_g17_a_journal_that_is_replaced_ends_it_and_nothing_more_is_accepted(
     with pytest.raises((AssertionError, requests.RequestException)):
         service.process({"data": 1})
 
-    assert service.wait(timeout=1) == 74
+    assert service.wait(timeout=5) == 74
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("journal_*.sql")), ids=str)
