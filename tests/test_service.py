@@ -230,6 +230,18 @@ def test_a_receiver_of_its_own_verifies_what_the_service_signs(start_process, tm
     assert receiver.end() == 0
 
 
+def test_a_receiver_that_has_lost_its_journal_says_so_and_ends(start_process, tmp_path):
+    command = ("-m", "web.receiver", "--port", "0", "--journal", str(tmp_path / "received.db"))
+    receiver = start_process(command=command)
+    service = start_process(POSTBACK_URL=receiver.base_url)
+    (tmp_path / "received.db").unlink()
+
+    service.process({"data": 1})
+
+    assert receiver.wait() == 74
+    assert "journal lost" in receiver.log()
+
+
 @pytest.mark.parametrize("option", ["--host=nowhere.invalid", "--journal=/nowhere/received.db"])
 def test_a_receiver_that_cannot_start_says_why_in_one_line(tmp_path, option):
     own = f"--journal={tmp_path / 'received.db'}"

@@ -105,7 +105,7 @@ def main() -> None:
         sys.exit(f"{exc}")
 
 
-def _leave() -> None:
+def _leave() -> None:  # pragma: no cover - it ends the process, and what was measured with it
     """End the process because the journal is lost, once the log tells it."""
     logging.shutdown()
     os._exit(74)
