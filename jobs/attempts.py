@@ -4,6 +4,8 @@ Knows how many are under way, and which are due. The first attempt is made by th
 when there is a place for it; all others are started here, by the scheduler, once they are due.
 """
 
+import contextlib
+import functools
 import logging
 import threading
 import time
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from jobs import model, waiting
+from jobs import errors, model, waiting
 from jobs.journal import Journal
 from jobs.model import State
 from jobs.threads import Threads
@@ -168,7 +170,9 @@ class Attempts:
         for job, event in claimed:
             if not self._threads.start(job.id, self.deliver, job, event):
                 until = now + timedelta(seconds=waiting.RETRY_SECONDS)
-                self._journal.put_off(job.id, until=until)
+                put_off = functools.partial(self._journal.put_off, job.id, until=until)
+                with contextlib.suppress(errors.JournalError):  # the process is about to end
+                    waiting.insist(put_off, self._stopped)
                 self.leave(receiver)
         return len(claimed)
 

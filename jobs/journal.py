@@ -78,7 +78,7 @@ class Journal:
         self._storage.close()
 
     def settle(self) -> None:
-        """Wait until what was accepted, canceled, received or resent so far survives a power cut."""
+        """Wait until what was accepted, canceled, resent or received survives a power cut."""
         self._storage.settle()
 
     @property

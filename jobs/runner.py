@@ -230,8 +230,8 @@ class Runner:
     def refusal(self) -> errors.UnavailableError | None:
         """Return why no job can be accepted now; None when one can."""
         with self._lock:
-            if self._journal.failure:  # have it probed, at most once in this time
-                self._alarm.ring_by(time.monotonic() + waiting.RETRY_SECONDS)
+            if self._journal.failure:
+                self._try_again()  # have it probed
             return self._refusal() or self._journal.failure
 
     def standstill(self) -> errors.UnavailableError | None:
@@ -308,7 +308,7 @@ class Runner:
             self._outlived.discard(job.id)
             self._waiting += returned
             self._notify_if_idle()
-        self._alarm.ring()
+        self._try_again()
 
     def _count_waiting(self, change: int) -> None:
         with self._lock:
@@ -322,7 +322,8 @@ class Runner:
             if not self._threads.start("job", self._work):  # the job waits in the journal
                 with self._lock:
                     self._starting -= 1
-                self._alarm.ring()
+                    self._notify_if_idle()
+                self._try_again()
                 return
 
     def _take_place(self) -> bool:
@@ -394,10 +395,12 @@ class Runner:
         try:
             end = functools.partial(self._end, job, ending, due_now=not taken)
             job, event = waiting.insist(end, self._stopped)
-        except errors.MoveError:  # it was canceled, or timed out
-            log.info("late result ignored", extra=job.facts)
+        except errors.Error as exc:
             if taken:
                 self._attempts.leave(job.receiver)
+            if not isinstance(exc, errors.MoveError | errors.JobNotFoundError):
+                raise
+            log.info("late result ignored", extra=job.facts)  # it was canceled, or timed out
             return job, None
         if not taken:  # a place may have come free before the attempt was due
             self._alarm.ring()
@@ -489,7 +492,6 @@ class Runner:
             self._stop_outlived(),
             self._attempts.start_due(),
             self._prune(),
-            self._until_next_start(),
         )
 
     def _end_overdue(self) -> float:
@@ -530,10 +532,11 @@ class Runner:
             self._prune_at = time.monotonic() + (PRUNE_PAUSE_SECONDS if more else PRUNE_SECONDS)
         return self._prune_at - time.monotonic()
 
-    def _until_next_start(self) -> float:
-        with self._lock:
-            stuck = self._waiting > self._starting and not self._running and not self._draining
-        return waiting.RETRY_SECONDS if stuck else math.inf
+    def _try_again(self) -> None:
+        """Have the scheduler do soon what has just failed."""
+        self._alarm.ring_by(time.monotonic() + waiting.RETRY_SECONDS)
+
+    # The end of a drain
 
     def _is_idle(self) -> bool:
         # A job whose outcome is stored is not waited for, though its thread may go on.

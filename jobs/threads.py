@@ -38,7 +38,9 @@ class Threads:
         try:
             inbox = self._idle.pop()
         except IndexError:
-            return _start(self._live, name, work, args)
+            inbox = SimpleQueue()
+            if not _start(self._live, inbox):
+                return False
         inbox.put((name, work, args))
         return True
 
@@ -49,24 +51,21 @@ class Threads:
             while True:
                 self._idle.pop().put(None)
 
-    def _live(self, name: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def _live(self, inbox: SimpleQueue[_Work | None]) -> None:
         cores.keep_to_one()
-        _do(work, args)
-        inbox: SimpleQueue[_Work | None] = SimpleQueue()
-        while not self._closed and len(self._idle) < MAX_IDLE:
-            del name, work, args  # a payload is not kept in memory longer than it is needed
-            self._idle.append(inbox)
-            if (told := inbox.get()) is None:
-                return
+        while told := inbox.get():
             name, work, args = told
-            del told
             threading.current_thread().name = name
             _do(work, args)
+            del told, name, work, args  # a payload is not kept in memory longer than it is needed
+            if self._closed or len(self._idle) >= MAX_IDLE:
+                return
+            self._idle.append(inbox)
 
 
-def _start(live: Callable[..., None], name: str, *args: Any) -> bool:
+def _start(live: Callable[..., None], inbox: SimpleQueue[_Work | None]) -> bool:
     try:
-        threading.Thread(target=live, args=(name, *args), name=name, daemon=True).start()
+        threading.Thread(target=live, args=(inbox,), daemon=True).start()
     except RuntimeError as exc:
         log.warning("thread failed to start", extra={"error": str(exc)})
         return False

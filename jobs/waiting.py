@@ -18,27 +18,27 @@ class Alarm:
     """Lets one thread sleep until there is something to do; any thread may ring it."""
 
     def __init__(self) -> None:
-        self._rung = threading.Condition()
-        self._at = math.inf  # when it looks again (monotonic)
+        self._changed = threading.Condition()
+        self._rings_at = math.inf  # monotonic
 
     def ring(self) -> None:
-        """Wake the thread at once."""
+        """Wake the thread at once; if it does not sleep, it will not the next time."""
         self.ring_by(0.0)
 
     def ring_by(self, moment: float) -> None:
-        """Have the thread look by a moment (monotonic): it wakes, and sees how long to sleep."""
-        with self._rung:
-            if moment < self._at:
-                self._at = 0.0
-                self._rung.notify()
+        """Wake the thread at a moment (monotonic), unless it wakes before."""
+        with self._changed:
+            if moment < self._rings_at:
+                self._rings_at = moment
+                self._changed.notify()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep so long, or until it rings; not at all if it has rung since the last time."""
-        with self._rung:
-            if self._at > 0:
-                self._at = time.monotonic() + seconds
-                self._rung.wait_for(lambda: self._at == 0, timeout=max(0.0, seconds))
-            self._at = math.inf
+        """Sleep so long, or until it rings."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while (left := min(until, self._rings_at) - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._rings_at = math.inf
 
 
 def insist(work: Callable[[], T], stopped: threading.Event) -> T:

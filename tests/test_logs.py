@@ -300,6 +300,15 @@ def test_a_line_tells_what_was_so_when_it_was_logged():
     assert "it is [1]\n" in written("text", act)
 
 
+def test_a_value_of_a_logger_that_is_not_ours_may_change_later():
+    def act() -> None:
+        counts = {"a": 1}
+        logging.getLogger("theirs").info("phrase", extra={"counts": counts})
+        counts["b"] = 2
+
+    assert json.loads(written("json", act))["counts"] == {"a": 1}
+
+
 def test_what_an_analysis_forks_logs_too(tmp_path):
     path = tmp_path / "log"
     with path.open("w", encoding="utf-8") as stream:

@@ -209,6 +209,22 @@ def test_a_thread_that_cannot_start_leaves_its_job_to_be_run_later(
     assert "thread failed to start" in caplog.text
 
 
+def test_a_thread_that_cannot_start_is_not_tried_again_at_once(
+    journal, no_threads, monkeypatch, caplog
+):
+    monkeypatch.setattr(waiting, "RETRY_SECONDS", 0.05)
+    one = runner_of(journal, postbox=Postbox())
+    one.start()
+    began = time.monotonic()
+
+    accept(one)
+
+    poll(lambda: caplog.text.count("thread failed to start") >= 6, "six tries")
+    assert time.monotonic() - began >= 0.2
+    no_threads.set()
+    assert one.drain(5).waiting <= 1
+
+
 def test_an_attempt_whose_thread_cannot_start_is_made_later(journal, no_threads, hasty):
     postbox = Postbox()
     one = runner_of(journal, postbox=postbox)
@@ -682,6 +698,19 @@ def test_a_lost_journal_ends_the_threads_without_a_postback(tmp_path, gate):
         with pytest.raises(errors.JournalLostError):
             one.drain(0.05)
     assert postbox.jobs == []
+
+
+def test_a_late_result_of_a_job_that_was_removed_takes_no_place(journal, gate):
+    one = runner_of(journal, analyze=analyses.wait, postbox=Postbox())
+    one.start()
+    accept(one)
+    gate.wait_for(1)
+    journal._storage.write(lambda connection: connection.execute("DELETE FROM jobs"))
+
+    gate.open()
+
+    poll(lambda: not one._running, "the place is free again")
+    assert not one._attempts.are_under_way
 
 
 def test_what_nobody_expected_in_the_scheduler_is_logged_and_it_goes_on(journal, hasty, caplog):

@@ -39,19 +39,27 @@ def test_a_ring_before_the_sleep_is_not_lost_and_counts_once():
     assert time.monotonic() - began >= 0.05
 
 
-def test_who_sleeps_is_woken_for_an_earlier_moment_only():
+def test_of_all_moments_that_were_asked_for_the_first_one_counts():
     alarm = Alarm()
     thread = sleeper(alarm, 60)
-    while alarm._at > 1e300:  # it does not sleep yet
-        threading.Event().wait(0.001)
+    began = time.monotonic()
 
-    alarm.ring_by(time.monotonic() + 3600)
-    thread.join(0.05)
-    assert thread.is_alive()
+    for seconds in (3600, 0.05, 30):
+        alarm.ring_by(began + seconds)
 
-    alarm.ring_by(time.monotonic() + 30)
     thread.join(5)
     assert not thread.is_alive()
+    assert time.monotonic() - began >= 0.05
+
+
+def test_a_moment_that_was_asked_for_before_the_sleep_counts():
+    alarm = Alarm()
+    began = time.monotonic()
+    alarm.ring_by(began + 0.05)
+
+    alarm.sleep(60)
+
+    assert 0.05 <= time.monotonic() - began < 50
 
 
 def test_a_write_is_tried_until_the_journal_takes_it(monkeypatch):

@@ -94,10 +94,11 @@ class Handler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Have a record written soon."""
-        # What may change until then is made text at once; and where lines come faster than they are
-        # written, whoever brings them makes them.
-        is_urgent = record.args or record.exc_info or len(self._waiting) >= MAX_LINES // 2
-        self._waiting.append(_line(self, record) if is_urgent else record)
+        # What may change until then is made text at once: all that is not of ours. And where lines
+        # come faster than they are written, whoever brings them makes them.
+        is_ours = record.name.startswith("postback") and not (record.args or record.exc_info)
+        waits = is_ours and len(self._waiting) < MAX_LINES // 2
+        self._waiting.append(record if waits else _line(self, record))
         if self._is_fork:
             self._write()
         elif not self._told.is_set():
@@ -123,7 +124,8 @@ class Handler(logging.Handler):
             self._told.wait()
             self._told.clear()
             self._is_writing = True
-            self._write()
+            with contextlib.suppress(Exception):  # the next ones may be written
+                self._write()
             with self._written:
                 self._is_writing = False
                 self._written.notify_all()
@@ -141,9 +143,15 @@ class Handler(logging.Handler):
             self._stream.flush()
 
     def _go_on_without_thread(self) -> None:
-        """Write each line at once: a child that an analysis forks does not have the thread."""
-        self._is_fork = True
+        """Write each line at once: a child that an analysis forks does not have the thread.
+
+        The thread may have held the locks of this and of the stream.
+        """
+        self._is_fork, self._is_writing, self._written = True, False, threading.Condition()
         self._waiting.clear()  # the parent writes these
+        with contextlib.suppress(Exception):  # it is no file
+            number = self._stream.fileno()
+            self._stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _line(handler: logging.Handler, record: logging.LogRecord) -> str:
