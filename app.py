@@ -322,7 +322,8 @@ class Service:
     def _on_signal(self, number: int, _: Any) -> None:
         # The second one ends at once: what is in the journal is taken up by the next start.
         for again in STOP_SIGNALS:
-            signal.signal(again, lambda number, _: os._exit(128 + number))
+            if signal.getsignal(again) is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(again, lambda number, _: os._exit(128 + number))
         self._happened.put(number)
 
     def _make_sender(self) -> postback.Sender:
@@ -455,8 +456,12 @@ def _greet(service: Service, settings: Config) -> None:
     )
     with contextlib.suppress(OSError):  # whoever started it may no longer listen
         print(text, flush=True)
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_token:
+    if settings.host in ("127.0.0.1", "::1", "localhost"):
+        return
+    if not settings.api_token:
         log.warning("anyone can send jobs: set API_TOKEN", extra={"host": settings.host})
+    if not settings.postback_secret:
+        log.warning("anyone can post results: set POSTBACK_SECRET", extra={"host": settings.host})
 
 
 def _print_to_terminal(text: str) -> None:

@@ -31,6 +31,9 @@ _MAX_BYTES = 1024**3
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _PRINTABLE = re.compile(r"[ -~]*")
 
+# What Kubernetes tells each container of a Service that is named postback.
+_OF_CLUSTER = re.compile(r"POSTBACK_(SERVICE_(HOST|PORT)|PORT_[0-9]+_|PORT=[a-z]+://)")
+
 
 def duration(text: str) -> float:
     """Return the seconds of a text such as `15s`."""
@@ -46,7 +49,8 @@ def timeout(text: str) -> float | None:
 
 def durations(text: str) -> tuple[float, ...]:
     """Return the seconds of durations separated by spaces; none at all for `none`."""
-    return () if text == "none" else tuple(map(duration, text.split()))
+    found = () if text == "none" else tuple(map(duration, text.split()))
+    return _checked(found, bool(found) or text == "none", "durations such as 2s 10s, or none")
 
 
 def size(text: str) -> int:
@@ -169,7 +173,7 @@ class Config:
         secret=True,
     )
     postback_headers: Mapping[str, str] = _env(
-        headers, "{}", "sent with every postback, a JSON object", secret=True
+        headers, "{}", "sent with postbacks, but to no URL that only * allows; JSON", secret=True
     )
     postback_timeout_seconds: float = _env(duration, "15s", "wall clock of a whole attempt")
     postback_schedule_seconds: tuple[float, ...] = _env(
@@ -243,6 +247,8 @@ def _unknown(environment: Mapping[str, str]) -> Iterator[str]:
     known = [variable(setting.name) for setting in fields(Config)]
     known += [f"{variable(one.name)}_FILE" for one in fields(Config) if one.metadata["secret"]]
     for name in sorted(environment):
+        if _OF_CLUSTER.match(f"{name}={environment[name]}"):
+            continue
         if name.startswith("POSTBACK_") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"

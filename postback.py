@@ -72,7 +72,8 @@ class Sender:
         url: Where to, unless a caller named another place.
         policy: Which URLs of callers are allowed; asked again at each attempt.
         secrets: Sign the events; more than one while they are rotated, none for no signature.
-        headers: What the operator adds to each attempt; never instead of ours.
+        headers: What the operator adds to each attempt, never instead of ours: perhaps a token, so
+            not to a URL that a caller chose among all.
         timeout_seconds: The wall clock of a whole attempt, whatever the receiver does.
         schedule: Seconds to wait after attempt 1, 2, 3, ...
         clock: Gives the aware instant that is signed.
@@ -125,7 +126,7 @@ class Sender:
         headers: Mapping[str, str] = {}
         try:
             public_only = job.postback_url is not None and self._policy.check(job.postback_url)
-            request = self._request(job, event, timestamp=attempted_at)
+            request = self._request(job, event, timestamp=attempted_at, is_trusted=not public_only)
             # Not by a Session: it adds cookies, .netrc, proxies and half of the time.
             answer = self._transports[public_only].send(request, timeout=self._timeout_seconds)
             status_code, headers = answer.status_code, answer.headers
@@ -158,7 +159,7 @@ class Sender:
             transport.close()
 
     def _request(
-        self, job: model.Job, event: bytes, *, timestamp: datetime
+        self, job: model.Job, event: bytes, *, timestamp: datetime, is_trusted: bool
     ) -> requests.PreparedRequest:
         """Build every attempt in this one place: id and bytes stay, time and signature are new.
 
@@ -166,7 +167,9 @@ class Sender:
         sending.
         """
         own = {
-            name: text for name, text in self._headers.items() if name.lower() not in job.forwarded
+            name: text
+            for name, text in self._headers.items()
+            if is_trusted and name.lower() not in job.forwarded
         }
         headers = {
             **own,

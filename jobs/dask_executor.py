@@ -137,7 +137,8 @@ class DaskExecutor:
             return ending
         except self._distributed.KilledWorker as exc:
             return model.crashed(f"The analysis ended its Dask workers: {exc}")
-        except self._distributed.CancelledError:
+        except (self._distributed.CancelledError, OSError):
+            self._closed.wait(LOOK_SECONDS)  # of the cluster: what the analysis raises is an ending
             return None
         except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
             # Connected still: such as a worker that cannot read what it was sent.
@@ -151,9 +152,12 @@ class DaskExecutor:
     # The thread that keeps the connection
 
     def _keep_connected(self) -> None:
+        # One loop for all clients: one that cannot connect leaves its own behind, with its thread.
+        runner = self._distributed.utils.LoopRunner()
+        runner.start()
         while not self._closed.is_set():
             try:
-                client = self._connect()
+                client = self._connect(runner.loop)
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 self._tell(None, f"The Dask scheduler at {self._url} cannot be used: {exc}")
                 self._closed.wait(RETRY_SECONDS)
@@ -163,11 +167,12 @@ class DaskExecutor:
                 pass
             self._tell(None, f"The Dask scheduler at {self._url} was lost.")
             _close(client)
+        runner.stop()
 
-    def _connect(self) -> Any:
+    def _connect(self, loop: Any) -> Any:
         """Return a client whose workers, also future ones, know the analysis."""
         client = self._distributed.Client(
-            self._url, timeout=CONNECT_SECONDS, set_as_default=False, name="postback"
+            self._url, timeout=CONNECT_SECONDS, set_as_default=False, name="postback", loop=loop
         )
         try:
             self._upload(client)
@@ -216,7 +221,7 @@ class _Run:
 
     def wait(self) -> None:
         """Wait until something may have changed: look at it before, and again after."""
-        self.woken.wait()
+        self.woken.wait(LOOK_SECONDS)  # a result that was lost again tells nobody
         self.woken.clear()
 
 

@@ -74,7 +74,7 @@ class Storage:
         on_lost: Callable[[], None],
         on_settled: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._path = path
+        self._path = Path(os.path.realpath(path))  # SQLite's files lie beside the real one
         self._schema = schema
         self._on_lost = on_lost
         self._on_settled = on_settled
@@ -98,8 +98,10 @@ class Storage:
             _refuse_emptied(self._path, holder)
             self._connection = _connect(self._path)
             self._prepare()
-            self._log_file = os.open(f"{self._path}-wal", os.O_RDONLY)
-            self._inode = _inode(self._path)
+            self._log_path = Path(f"{self._path}-wal")
+            self._log_file = os.open(self._log_path, os.O_RDONLY)
+            self._inode, self._log_inode = _inode(self._path), _inode(self._log_path)
+            os.register_at_fork(after_in_child=self._let_go_in_fork)
             _sign(self._lock_file, f"{os.getpid()}{_SINCE}{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         except (OSError, sqlite3.Error) as exc:
             self.close()
@@ -120,6 +122,11 @@ class Storage:
             if self._lock_file:
                 self._lock_file.close()
                 self._lock_file = None
+
+    def _let_go_in_fork(self) -> None:
+        """Leave the lock to the parent: a child of an analysis may outlive the service."""
+        if self._lock_file:
+            self._lock_file.close()
 
     @property
     def failure(self) -> errors.JournalError | None:
@@ -227,6 +234,8 @@ class Storage:
             raise errors.JournalError("The journal is closed: the service is stopping.")
         if self._lost_for_good:
             raise self._lost_for_good
+        if _inode(self._log_path) != self._log_inode:
+            raise self._lost(f"The write-ahead log {self._log_path} was removed or replaced.")
         try:
             # Where there is no fdatasync, as on macOS, fsync does more than is needed.
             getattr(os, "fdatasync", os.fsync)(self._log_file)
@@ -269,9 +278,10 @@ class Storage:
 
     def _prepare(self) -> None:
         self._connection.row_factory = sqlite3.Row
+        self._connection.execute("PRAGMA locking_mode = exclusive")
+        version = self._refuse_foreign()  # before anything of it is changed
         for name, wanted in PRAGMAS.items():
             self._set_pragma(name, wanted)
-        version = self._refuse_foreign()
         damage = self._value("PRAGMA quick_check(1)")
         if damage != "ok":
             raise _refusal(self._path, f"is damaged ({damage}): restore a backup")
@@ -340,7 +350,11 @@ def _sign(lock_file: IO[str], holder: str) -> None:
 
 
 def _refuse_emptied(path: Path, holder: str) -> None:
-    if _SINCE in holder and path.exists() and path.stat().st_size == 0:
+    if _SINCE not in holder:
+        return
+    if not path.exists():  # and SQLite would remove what is left of it, its write-ahead log
+        raise _refusal(path, f"is gone: restore a backup, or remove {path}.lock to begin anew")
+    if path.stat().st_size == 0:
         text = f"is empty, and was not: restore a backup, or remove it and {path}.lock"
         raise _refusal(path, text)
 

@@ -127,6 +127,21 @@ def test_a_postback_with_another_secret_is_refused(start, listening, free_port):
 
 
 @needs["openssl"]
+@pytest.mark.parametrize("shell", [one for one in ("sh", "bash") if shutil.which(one)])
+def test_a_timestamp_is_not_run_by_the_shell(tmp_path, shell):
+    run = subprocess.run(
+        [shell, CLIENTS / "verify.sh", "id", f"x[$(touch {tmp_path}/ran)]", "v1,x"],
+        env=os.environ | {"POSTBACK_SECRET": SECRET},
+        input=b"{}",
+        check=False,
+        capture_output=True,
+    )
+
+    assert run.returncode == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@needs["openssl"]
 @pytest.mark.parametrize(("change", "verdict"), [(b"", 0), (b" ", 1)])
 def test_a_shell_can_verify(start, receiver, change, verdict):
     service = start(POSTBACK_URL=receiver.url, POSTBACK_SECRET=SECRET)

@@ -258,6 +258,23 @@ def test_an_unknown_name_with_our_prefix_is_refused_with_a_hint(monkeypatch, nam
     assert problems() == (f"{name}: there is no such setting; {hint}",)
 
 
+def test_what_kubernetes_tells_of_a_service_named_postback_is_passed_over(monkeypatch):
+    monkeypatch.setenv("POSTBACK_PORT", "tcp://10.0.0.1:8080")
+    monkeypatch.setenv("POSTBACK_PORT_8080_TCP_ADDR", "10.0.0.1")
+    monkeypatch.setenv("POSTBACK_SERVICE_HOST", "10.0.0.1")
+    assert config.load().port == 8080
+
+    monkeypatch.setenv("POSTBACK_PORT", "8080")
+    assert "POSTBACK_PORT: there is no such setting" in problems()[0]
+
+
+@pytest.mark.parametrize("name", ["POSTBACK_SCHEDULE", "POSTBACK_SECRET"])
+def test_blanks_alone_do_not_switch_off_what_they_should_set(monkeypatch, name):
+    monkeypatch.setenv(name, " ")
+
+    assert f"{name}=" in problems()[0]
+
+
 # Secrets
 
 

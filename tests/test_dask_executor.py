@@ -187,6 +187,33 @@ def test_a_cluster_that_is_away_at_start_or_lost_later_is_waited_for(
     assert told == ["cluster away", "cluster connected"] * 2
 
 
+def test_a_cluster_that_stays_away_costs_no_thread_for_each_try(monkeypatch):
+    monkeypatch.setattr(dask_executor, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.01)
+    tries = []
+    connect = DaskExecutor._connect
+
+    def try_to_connect(*args):
+        tries.append(1)
+        return connect(*args)
+
+    monkeypatch.setattr(DaskExecutor, "_connect", try_to_connect)
+    one = DaskExecutor(
+        processing.load,
+        "tests.analyses:echo",
+        scheduler_url="tcp://127.0.0.1:9",
+        upload_path=None,
+    )
+    one.start()
+    try:
+        poll(lambda: len(tries) > 2, "two tries")
+        before = threading.active_count()
+        poll(lambda: len(tries) > 8, "six more")
+        assert threading.active_count() <= before
+    finally:
+        one.close()
+
+
 def test_a_file_that_the_workers_cannot_import_is_told_at_each_try(
     cluster, serve, tmp_path, monkeypatch
 ):

@@ -69,6 +69,7 @@ NOT_CLEAN = [
     "http://[::1/",
     "http://::1/",
     "http://[1:2]/",
+    "http://[127.0.0.1]/",
     "http://[fe80::1%25eth0]/",
     "http://[::ffff:127.0.0.256]/",
     "http://example.com/" + "a" * 2048,

@@ -446,16 +446,20 @@ def test_a_request_that_may_take_long_holds_up_no_promise(serve, monkeypatch):
         return {"a": 1}
 
     at = At(serve(handle, settle=lambda: order.append("settled")))
-    with connected(at) as (first, first_answer), connected(at) as (second, second_answer):
+    with contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(connected(at)) for _ in range(3)]
+        (first, second, third), answers = zip(*callers, strict=True)
         first.sendall(promise())
         assert entered.wait(5)
         second.sendall(wire_get("/"))
         waiting = serve.servers[-1]._answerers._waiting
         poll(lambda: waiting.qsize() == 1, "the second waits")
+        third.sendall(promise())
+        poll(lambda: waiting.qsize() == 2, "the third waits")
         release.set()
-        assert (answer(first_answer)[0], answer(second_answer)[0]) == (200, 200)
+        assert [answer(one)[0] for one in answers] == [200] * 3
 
-    assert order == ["POST", "settled", "GET"]
+    assert order == ["POST", "settled", "GET", "POST", "settled"]  # the second before the third
 
 
 def test_a_stop_lets_the_answer_that_is_being_settled_leave(serve):
@@ -486,6 +490,57 @@ def test_who_asks_for_more_than_he_takes_is_cut_off(serve, monkeypatch):
         received = len(stream.read())
 
     assert received < 50 * 8_000_000
+
+
+def test_who_never_takes_anything_is_closed_once_he_is_silent(serve, monkeypatch):
+    monkeypatch.setattr(server, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(server, "SWEEP_SECONDS", 0.05)
+    at = At(serve(lambda: {"a": "x" * 8_000_000}))
+
+    with connected(at) as (conn, _):
+        conn.sendall(wire_get("/"))
+        sockets = serve.servers[-1]._server._map
+        poll(lambda: server._has_unsent(sockets), "an answer that waits")
+        poll(lambda: not server._has_unsent(sockets), "its end")
+
+
+def test_a_stop_lets_a_large_answer_leave(serve):
+    text = "x" * 8_000_000
+
+    with connected(At(serve(lambda: {"a": text}))) as (conn, stream):
+        conn.sendall(wire_get("/"))
+        one = serve.servers.pop()
+        poll(lambda: server._has_unsent(one._server._map), "an answer that waits")
+        stopping = threading.Thread(target=one.stop)
+        stopping.start()
+        body = answer(stream)[2]
+        stopping.join(10)
+
+    assert len(json.loads(body)["a"]) == len(text)
+
+
+def test_who_expects_a_100_without_a_body_gets_the_answer(serve):
+    sent = b"GET / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n"
+
+    with connected(At(serve(lambda: {"a": 1}))) as (conn, stream):
+        conn.sendall(sent * 2)
+
+        assert [answer(stream)[0] for _ in range(2)] == [200, 200]
+
+
+def test_what_nobody_expected_in_the_server_is_logged_and_it_goes_on(serve, monkeypatch, caplog):
+    turn, failed = server._turn, threading.Event()
+
+    def fail_once(*args, **kwargs):
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError
+        turn(*args, **kwargs)
+
+    monkeypatch.setattr(server, "_turn", fail_once)
+
+    assert get(serve(lambda: {"a": 1})).status_code == 200
+    assert caplog.messages == ["server failed"]
 
 
 def test_pipelined_answers_are_kept_together_and_leave_in_order(serve):

@@ -187,6 +187,10 @@ def test_a_connection_serves_again_once_its_answer_is_whole(transport_with, answ
 @pytest.mark.parametrize(
     "answer",
     [
+        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 0\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\n",
         b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n\r\n",
@@ -220,6 +224,18 @@ def test_a_kept_connection_that_was_closed_is_not_used(transport_with):
 
     assert answer.status_code == 204
     assert len(second.requests) == 1
+
+
+def test_a_connection_that_was_kept_long_is_not_used_again(transport_with, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_KEPT_SECONDS", 0.0)
+
+    with Receiver(default=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as receiver:
+        one = transport_with()
+        post(one, receiver.url)
+        (kept,) = one._kept[receiver.origin]
+        post(one, receiver.url)
+
+    assert kept[1].fileno() == -1
 
 
 def test_a_connection_that_fails_takes_those_beside_it_along(transport_with):

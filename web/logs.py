@@ -26,7 +26,7 @@ _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "task
 #: Colours of the levels that somebody should look at, as ANSI escapes.
 _COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31;1m"}
 
-#: Characters of a path that are logged.
+#: Characters of a path, and of what else a caller makes up, that are logged.
 MAX_PATH = 200
 
 #: Lines kept while the stream takes none; the oldest go first. A log that nobody reads must not
@@ -286,8 +286,8 @@ def _log(answer: Answer) -> None:
         level,
         "answered",
         extra={
-            "job_id": answer.job_id,
-            "method": answer.method,
+            "job_id": answer.job_id and answer.job_id[:MAX_PATH],
+            "method": answer.method[:MAX_PATH],
             "path": answer.path[:MAX_PATH],
             "status_code": answer.status_code,
             "ms": round(answer.seconds * 1000, 1),

@@ -171,7 +171,10 @@ def is_address(host: str) -> bool:
 
 def _canonical(host: str) -> str:
     if is_address(host):
-        return f"[{ipaddress.IPv6Address(host[1:-1])}]" if host.startswith("[") else host
+        if not host.startswith("["):
+            return host
+        if ":" in host:
+            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
     if len(host) > 253 or host.startswith("[") or _NUMERIC_HOST.fullmatch(host):
         raise _refusal()
     return host

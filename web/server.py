@@ -9,6 +9,7 @@ import errno
 import hmac
 import json
 import logging
+import os
 import queue
 import resource
 import select
@@ -69,7 +70,8 @@ CONNECTIONS = 5000
 SILENCE_SECONDS = 20
 SWEEP_SECONDS = 5
 
-#: Until a connection is accepted that could not be. Nothing is answered meanwhile.
+#: Until a connection is accepted that could not be, or after a failure nobody expected. Nothing
+#: is answered meanwhile.
 ACCEPT_PAUSE_SECONDS = 0.05
 
 #: Room above the largest body, so that ours is the rule which refuses it.
@@ -197,8 +199,11 @@ class Server:
         """Answer what was asked, and close every connection."""
         self._answerers.shutdown()
         sockets = self._server._map  # noqa: SLF001 - waitress has no other way to stop from outside
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        while _has_unsent(sockets) and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
         with contextlib.suppress(OSError):  # it was awake, and has closed its own end already
-            self._server.trigger.pull_trigger(lambda: wasyncore.close_all(sockets))
+            self._server.trigger.pull_trigger(lambda: _close_all(sockets))
         self._thread.join(SILENCE_SECONDS)
 
     def _run(self) -> None:
@@ -214,9 +219,13 @@ class Server:
         sockets = self._server._map  # noqa: SLF001 - waitress's own loop is given them too
         with select.epoll() as silent:  # one for good: later no descriptor may be free
             while sockets:
-                # Waitress closes some by itself, also between two lines here.
-                with contextlib.suppress(OSError):
+                try:
                     _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
+                except OSError:  # waitress closes some by itself, also between two lines here
+                    threading.Event().wait(0.001)
+                except Exception:
+                    log.exception("server failed")
+                    threading.Event().wait(ACCEPT_PAUSE_SECONDS)
 
 
 class _Refusal(ErrorTask):  # type: ignore[misc]
@@ -239,6 +248,19 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     error_task_class = _Refusal
     kept = 0  # answers that may not leave yet
+
+    def send_continue(self) -> None:
+        """Ask for the body, unless the request is complete, or refused, without one."""
+        if not self.request.completed:
+            super().send_continue()
+
+    def write_soon(self, data: Any) -> Any:
+        """Take a part of an answer; close the connection when there is no room to keep it."""
+        try:
+            return super().write_soon(data)
+        except OSError:  # waitress has counted wrongly now
+            self.drop()
+            raise
 
     def keep(self) -> None:
         """Let nothing leave until one more answer is released."""
@@ -302,10 +324,11 @@ class _Answerers:
 
     def _run(self) -> None:
         cores.keep_to_one()
-        while first := self._waiting.get():
+        next_ones: list[_Channel] = []  # one at most, which was not to wait for the disk
+        while first := next_ones.pop() if next_ones else self._waiting.get():
             kept: list[_Channel] = []
             try:
-                self._answer(first, kept)
+                self._answer(first, kept, next_ones)
             except BaseException as exc:
                 if not isinstance(exc, errors.JournalError):  # that was logged where it was seen
                     log.exception("requests not answered")
@@ -318,8 +341,13 @@ class _Answerers:
                 log.exception("answers not followed up")
         self._waiting.put(None)  # for the next one
 
-    def _answer(self, first: _Channel, kept: list[_Channel]) -> None:
-        """Answer one request and those that wait behind it, then let the answers leave."""
+    def _answer(self, first: _Channel, kept: list[_Channel], next_ones: list[_Channel]) -> None:
+        """Answer one request and those that wait behind it, then let the answers leave.
+
+        Args:
+            kept: Gets all that was answered.
+            next_ones: Gets a request that came, but has no part in this.
+        """
         promises, until = _may_promise(first), time.monotonic() + MAX_KEPT_SECONDS
         channel: _Channel | None = first
         while channel:
@@ -330,21 +358,24 @@ class _Answerers:
             else:
                 channel.service()
             has_room = len(kept) < MAX_KEPT and time.monotonic() < until
-            channel = self._next() if promises and has_room else None
+            channel = self._next(next_ones) if promises and has_room else None
         if promises:
             self._settle()
         for channel in kept:
             channel.release()
 
-    def _next(self) -> _Channel | None:
+    def _next(self, next_ones: list[_Channel]) -> _Channel | None:
         """Return a request that may share the wait for the disk, if one waits already."""
         try:
             channel = self._waiting.get_nowait()
         except queue.Empty:
             return None
-        if channel and _may_promise(channel):
+        if channel is None:  # the service stops
+            self._waiting.put(None)
+            return None
+        if _may_promise(channel):
             return channel
-        self._waiting.put(channel)  # it may take long, or the service stops
+        next_ones.append(channel)  # it may take long
         return None
 
 
@@ -384,6 +415,9 @@ def _turn(
 def _register(
     fd: int, one: Any, poller: select.poll, silent: "select.epoll", known: dict[int, Any]
 ) -> None:
+    if getattr(one, "will_close", False):
+        one.handle_write()  # not once it can be written to: who never reads would never be closed
+        return
     reads, writes = one.readable(), one.writable()
     if reads and not writes and getattr(one, "requests", None) == []:
         known[fd] = one  # only its caller can find work for it
@@ -391,6 +425,17 @@ def _register(
     elif reads or writes:
         waits = select.POLLIN | select.POLLPRI if reads else 0
         poller.register(fd, waits | (select.POLLOUT if writes and not one.accepting else 0))
+
+
+def _close_all(sockets: dict[int, Any]) -> None:
+    for one in list(sockets.values()):
+        if isinstance(one, _Channel):
+            one.handle_close()  # lets its buffers go, too
+    wasyncore.close_all(sockets)
+
+
+def _has_unsent(sockets: dict[int, Any]) -> bool:
+    return any(getattr(one, "total_outbufs_len", 0) for one in list(sockets.values()))
 
 
 class _Listener(socket.socket):
@@ -415,7 +460,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
-        return _Listener(fileno=listener.detach())
+        listener = _Listener(fileno=listener.detach())
+        os.register_at_fork(after_in_child=listener.close)  # it may outlive the service
+        return listener
     except OSError as exc:
         text = f"HOST={host!r} PORT={port}: cannot listen there: {exc.strerror}"
         raise errors.ConfigError([text]) from exc

@@ -32,7 +32,7 @@ def read_secrets(text: str) -> tuple[str, ...]:
         ValueError: One is not; the message says what would be right and keeps it to itself.
     """
     secrets = tuple(text.split())
-    if not all(map(_is_fit, secrets)):
+    if (text and not secrets) or not all(map(_is_fit, secrets)):
         raise ValueError("expected whsec_ followed by the base64 of 24 to 64 random bytes")
     return secrets
 

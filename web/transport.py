@@ -31,8 +31,13 @@ MAX_HEADER_LINES = 100
 MAX_BODY_BYTES = 4096
 MAX_BODY_SECONDS = 1.0
 
-#: Receivers to which connections are kept.
+#: Interim answers before the final one.
+MAX_INTERIM = 100
+
+#: Receivers to which connections are kept, and for how long: what lies between may forget one that
+#: is silent, and tell nobody.
 MAX_ORIGINS = 8
+MAX_KEPT_SECONDS = 30.0
 
 #: Up to this size an event is sent with its header, in one piece.
 ONE_PIECE_BYTES = 64 * 1024
@@ -71,7 +76,8 @@ class Transport(requests.adapters.BaseAdapter):
         self._public_only = public_only
         self._resolve = resolve
         self._lock = threading.Lock()  # guards what follows
-        self._kept: dict[str, list[socket.socket]] = {}  # used last is last
+        # By receiver, used last is last; since when each is kept (monotonic).
+        self._kept: dict[str, list[tuple[float, socket.socket]]] = {}
         self._closed = False
 
     def send(
@@ -113,7 +119,8 @@ class Transport(requests.adapters.BaseAdapter):
         with self._lock:
             self._closed = True
             kept, self._kept = self._kept, {}
-        _close_all(connection for each in kept.values() for connection in each)
+        for each in kept.values():
+            _close_all(each)
 
     def _take(self, origin: str) -> socket.socket | None:
         """Return a kept connection on which nothing has happened, so that it still works."""
@@ -122,20 +129,21 @@ class Transport(requests.adapters.BaseAdapter):
                 kept = self._kept.get(origin)
                 if not kept:
                     return None
-                connection = kept.pop()
+                since, connection = kept.pop()
             poller = select.poll()
             poller.register(connection, select.POLLIN)
-            if not poller.poll(0):
+            if time.monotonic() - since < MAX_KEPT_SECONDS and not poller.poll(0):
                 return connection
             connection.close()
 
     def _keep(self, origin: str, connection: socket.socket) -> None:
-        dropped: Sequence[socket.socket] = ()
+        kept = (time.monotonic(), connection)
+        dropped: Sequence[tuple[float, socket.socket]] = ()
         with self._lock:
             if self._closed:
-                dropped = [connection]
+                dropped = [kept]
             else:
-                self._kept[origin] = [*self._kept.pop(origin, ()), connection]
+                self._kept[origin] = [*self._kept.pop(origin, ()), kept]
                 if len(self._kept) > MAX_ORIGINS:
                     dropped = self._kept.pop(next(iter(self._kept)))
         _close_all(dropped)
@@ -224,7 +232,7 @@ def _exchange(
             connection.sendall(head)
             _limit(connection, deadline)
             connection.sendall(body)
-    except (BrokenPipeError, ConnectionResetError):
+    except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
         pass  # it may have answered before it had read all
     answer, version = reader.answer()
     is_success = 200 <= answer.status_code < 300  # what counts is said in postback.py
@@ -241,10 +249,11 @@ class _Reader:
 
     def answer(self) -> tuple[Answer, int]:
         """Return the final status and its headers, and the minor version of HTTP."""
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             answer, version = _parsed(self._block())
             if answer.status_code >= 200:  # else it is an interim one (RFC 9110, section 15.2)
                 return answer, version
+        raise http.client.HTTPException("too many interim answers")
 
     def drain(self, answer: Answer, version: int) -> bool:
         """Read what is left of a short answer; return whether that was all of it.
@@ -256,11 +265,14 @@ class _Reader:
             return False
         self._deadline = min(self._deadline, time.monotonic() + MAX_BODY_SECONDS)
         try:
-            if "transfer-encoding" in answer.headers:
-                self._skip_chunks()
+            default = "0" if answer.status_code == 204 else f"{MAX_BODY_BYTES + 1}"
+            length = answer.headers.get("content-length", default)
+            if "transfer-encoding" not in answer.headers:
+                self._skip(_number(length, 10))
+            elif "content-length" in answer.headers:  # two ways to read it: RFC 9112, section 6.3
+                return False
             else:
-                default = "0" if answer.status_code == 204 else f"{MAX_BODY_BYTES + 1}"
-                self._skip(int(answer.headers.get("content-length", default)))
+                self._skip_chunks()
         except (OSError, ValueError, http.client.HTTPException):
             return False
         return not self._buffer
@@ -286,7 +298,7 @@ class _Reader:
                     raise ValueError("too much to read")
                 self._receive()
             line, _, self._buffer = self._buffer.partition(b"\n")
-            size = int(line.partition(b";")[0], 16)
+            size = _number(line.partition(b";")[0].decode("latin-1").strip(), 16)
             self._skip(size + 2)  # and the end of its line; trailers are not read
             if not size:
                 return
@@ -316,12 +328,22 @@ def _parsed(block: bytes) -> tuple[Answer, int]:
     found = _STATUS_LINE.fullmatch(first)
     if not found or len(lines) > MAX_HEADER_LINES:
         raise http.client.BadStatusLine(repr(first[:80]))
-    return Answer(int(found[2]), dict(map(_field, lines))), int(found[1])
+    headers: dict[str, str] = {}
+    for name, text in map(_field, lines):  # RFC 9110, section 5.3
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return Answer(int(found[2]), headers), int(found[1])
 
 
 def _field(line: bytes) -> tuple[str, str]:
     name, _, text = line.decode("latin-1").partition(":")
     return name.lower(), text.strip()
+
+
+def _number(text: str, base: int) -> int:
+    """Return a number of digits alone; int() takes signs, blanks and underscores, too."""
+    if not text.isalnum():
+        raise ValueError("no number")
+    return int(text, base)
 
 
 def _limit(connection: socket.socket, deadline: float) -> None:
@@ -361,7 +383,7 @@ def _answer(resolve: outbound.Resolve, host: str, found: list[Sequence[str] | Ex
         found.append(exc)
 
 
-def _close_all(connections: Any) -> None:
-    for connection in connections:
+def _close_all(kept: Sequence[tuple[float, socket.socket]]) -> None:
+    for _, connection in kept:
         with contextlib.suppress(OSError):
             connection.close()

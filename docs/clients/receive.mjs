@@ -7,9 +7,9 @@ const seen = new Set(); // better: a table whose key is the webhook-id
 
 async function take(request, response) {
   const chunks = [];
-  for await (const chunk of request) chunks.push(chunk);
   let event;
   try {
+    for await (const chunk of request) chunks.push(chunk); // throws when the sender hangs up
     event = webhook.verify(Buffer.concat(chunks).toString(), request.headers);
   } catch {
     response.writeHead(401).end();

@@ -13,7 +13,7 @@ answer=$(curl --fail-with-body -sS "$url/process" -H "Authorization: Bearer ${AP
 status_url=$(printf %s "$answer" | sed 's/.*"status_url": "\([^"]*\)".*/\1/')
 
 until job=$(curl -fsS "$status_url" -H "Authorization: Bearer ${API_TOKEN-}") &&
-    printf %s "$job" | grep -q '"ended_at": "'; do
+    printf %s "$job" | grep -qE '^\{"id": "[^"]*", "state": "(un)?delivered"'; do
     sleep 1
 done
 printf '%s\n' "$job"
