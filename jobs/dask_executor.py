@@ -1,67 +1,87 @@
-"""Runs the analysis on a Dask cluster: for those who outgrow one machine.
+"""Runs the analysis on a Dask cluster, for those who outgrow one machine.
 
-The cluster keeps everything in memory, so it may be lost at any time: the journal is what counts. A
-job whose worker is lost is repeated by Dask; one whose scheduler is lost is submitted again, by the
-job's own thread, as soon as there is a cluster. `distributed` is imported only here, and only when
-this executor is chosen.
+A cluster keeps everything in memory, so it may be lost at any time: the journal is what counts. A
+job whose Dask worker is lost is run again by Dask, and one whose scheduler is lost is put back.
+`distributed` is imported only here, and only when this executor is chosen.
 """
 
-import contextlib
-import functools
 import hashlib
-import inspect
 import logging
+import queue
 import secrets
+import sys
 import tempfile
 import threading
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import analysis, errors, model
-from jobs.analysis import Progress, Report
-from jobs.executors import RETRY_SECONDS, Load
+from jobs import errors, model, worker
+from jobs.executor import PAUSE_SECONDS, Listener, ending_of
 
 #: Seconds that the scheduler has to answer a new connection, and to take leave of an old one.
-CONNECT_SECONDS = 5.0
-CLOSE_SECONDS = 1.0
+CONNECT_SECONDS, CLOSE_SECONDS = 5.0, 1.0
 
-#: Seconds between two looks at the connection.
-LOOK_SECONDS = 0.5
+#: Seconds between two attempts to connect, and between two looks at a connection.
+RETRY_SECONDS, LOOK_SECONDS = 1.0, 0.5
+
+#: The file that holds the default analysis, which no Dask worker has.
+DEFAULT_PATH = Path(__file__).parents[1] / "processing.py"
 
 log = logging.getLogger("postback")
 
 
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One job, as long as its caller is inside of `run`.
+
+    Attributes:
+        news: What its worker reports: a fraction and a note, or None and None when it starts. None
+            alone means that there is something else to look at.
+        is_stopped: Its outcome was decided elsewhere.
+    """
+
+    news: "queue.SimpleQueue[tuple[Any, Any] | None]" = field(default_factory=queue.SimpleQueue)
+    is_stopped: bool = False
+
+
 class DaskExecutor:
-    """Submits analyses to a Dask scheduler, and keeps a connection to it.
+    """Runs analyses on a Dask cluster. Its methods are those of `executor.WorkerExecutor`.
 
     Args:
-        load: Is sent to the workers by name, together with the file that defines it.
-        name: The analysis, which the workers load.
-        scheduler_url: Such as `tcp://host:8786`; for `tls://` Dask's own configuration holds the
-            certificates.
-        upload_path: A .py, .zip or .egg file that every worker is given, for what is not installed
-            there.
+        analysis: The user's function, as `package.module:function`.
+        scheduler_url: Such as `tcp://host:8786`. For `tls://`, the certificates are in Dask's own
+            configuration.
+        upload_path: A .py, .zip or .egg file that every Dask worker is given.
+        log_level: Is not used: Dask workers have a log of their own.
+        on_change: Is called when `free` or `failure` may have changed.
     """
 
     def __init__(
-        self, load: Load, name: str, *, scheduler_url: str, upload_path: Path | None
+        self,
+        *,
+        analysis: str,
+        scheduler_url: str,
+        upload_path: Path | None,
+        log_level: str,  # noqa: ARG002 - as the other executor
+        on_change: Callable[[], None],
     ) -> None:
-        self._load = load
-        self._name = name
+        self._analysis = analysis
         self._url = scheduler_url
-        self._upload_path = upload_path
+        self._upload_paths = [upload_path] if upload_path else []
+        if analysis.startswith("processing:"):
+            self._upload_paths.insert(0, DEFAULT_PATH)
+        self._on_change = on_change
         self._topic = f"postback-{secrets.token_hex(8)}"
         self._closed = threading.Event()
-        self._client: Any = None
-        self._running: dict[str, _Run] = {}
-        self._failure: str | None = f"The Dask scheduler at {scheduler_url} has not answered yet."
-        self._logged: bool | None = None  # whether the last line told of a connection
+        self._client: Any = None  # while it is connected
+        self._failure: str | None = None
+        self._runs: dict[str, _Run] = {}
 
     def start(self) -> None:
-        """Begin to connect. A cluster that is away is waited for.
+        """Begin to connect. A cluster that is away does not hold up the start.
 
         Raises:
             ConfigError: `distributed` is not installed.
@@ -69,219 +89,148 @@ class DaskExecutor:
         try:
             import distributed
         except ImportError as exc:
-            text = "EXECUTOR='dask': it needs more: pip install -r requirements-dask.txt"
+            text = "EXECUTOR='dask': run pip install -r requirements-dask.txt first"
             raise errors.ConfigError([f"{text} ({exc})"]) from exc
         self._distributed = distributed
-        _quieten()
+        for name in ("distributed", "tornado"):  # our own log has one line for each change
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._keeper = threading.Thread(target=self._keep_connected, name="dask", daemon=True)
         self._keeper.start()
 
-    def run(self, job_id: str, body: bytes, report: Report) -> model.Ending:
-        """Return how the analysis of a payload ends on the cluster."""
-        run = self._running[job_id] = _Run(report)
-        try:
-            while client := self._wait_for_client(run):
-                if ending := self._run_on(client, run, job_id, body):
-                    return ending
-            return model.canceled()  # it was stopped: nobody looks at this
-        finally:
-            del self._running[job_id]
-
-    def stop(self, job_id: str) -> bool:
-        """Give up a job: its thread is free at once; a worker that has begun it ends it in vain."""
-        if run := self._running.get(job_id):
-            run.stopped = True
-            run.woken.set()
-        return True
+    def free(self) -> int:
+        """Return how many jobs can be submitted: any number while the cluster is connected."""
+        return sys.maxsize if self._client else 0
 
     def failure(self) -> str | None:
-        """Return why no analysis can run now: the scheduler does not answer."""
-        return self._failure
+        """Return why no analysis can run now; None when one can."""
+        return None if self._client else self._failure or f"{self._url} has not answered yet."
+
+    @contextmanager
+    def run(
+        self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener
+    ) -> Iterator[model.Ending | model.Again | None]:
+        """Run an analysis on the cluster, and yield how it ended; None when it was stopped."""
+        facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
+        run = self._runs[job.id] = _Run()
+        try:
+            ending = self._run(run, facts, body, listener)
+            yield None if run.is_stopped else ending
+        finally:
+            del self._runs[job.id]
+
+    def stop(self, job_id: str) -> None:
+        """Give up a job. A Dask worker that has begun it goes on in vain."""
+        if run := self._runs.get(job_id):
+            run.is_stopped = True
+            run.news.put(None)
+
+    def drain(self) -> None:
+        """Do nothing: no job is ever blamed for the end of the cluster."""
 
     def close(self) -> None:
         """Give up all jobs, and disconnect."""
         self._closed.set()
-        for job_id in list(self._running):
+        for job_id in list(self._runs):
             self.stop(job_id)
         self._keeper.join(CLOSE_SECONDS)
 
     # A job's thread
 
-    def _wait_for_client(self, run: "_Run") -> Any:
-        """Return the client as soon as it is connected; None once the job is stopped."""
-        while not (run.stopped or self._closed.is_set()):
-            client = self._client
-            if client is not None and client.status == "running":
-                return client
-            run.wait()
-        return None
-
-    def _run_on(self, client: Any, run: "_Run", job_id: str, body: bytes) -> model.Ending | None:
-        """Return how the analysis ends; None when the cluster was lost, or the job was stopped."""
+    def _run(
+        self, run: _Run, facts: dict[str, Any], body: bytes, listener: Listener
+    ) -> model.Ending | model.Again | None:
+        if (client := self._client) is None:
+            return model.Again()
+        key = f"postback-{facts['id']}-{secrets.token_hex(4)}"
+        arguments = (self._analysis, self._topic, facts, body)
         try:
-            future = client.submit(
-                analyze_on_worker,
-                *(self._load, self._name, self._topic, job_id, body),
-                key=f"postback-{job_id}-{secrets.token_hex(4)}",
-                pure=False,
-            )
-            future.add_done_callback(lambda _: run.woken.set())
-            while client.status == "running" and not (run.stopped or future.done()):
-                run.wait()
-            if client.status != "running":
-                return None
-            if run.stopped:
+            future = client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
+            future.add_done_callback(lambda _: run.news.put(None))
+            self._listen(run, client, future, listener)
+            if run.is_stopped:
                 future.cancel()
-                return None
-            ending: model.Ending = future.result()
-            return ending
+            return ending_of(*future.result()) if future.done() else model.Again()
         except self._distributed.KilledWorker as exc:
             return model.crashed(f"The analysis ended its Dask workers: {exc}")
-        except (self._distributed.CancelledError, OSError):
-            self._closed.wait(LOOK_SECONDS)  # of the cluster: what the analysis raises is an ending
-            return None
         except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
-            # Connected still: such as a worker that cannot read what it was sent.
-            return model.failed(exc) if client.status == "running" else None
+            is_lost = isinstance(exc, (self._distributed.CancelledError, OSError))
+            if is_lost or client.status != "running":
+                return model.Again(pause_seconds=PAUSE_SECONDS)
+            return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
 
-    def _hear(self, event: tuple[float, tuple[str, float, str]]) -> None:
-        _, (job_id, fraction, note) = event
-        if run := self._running.get(job_id):
-            run.report(Progress(fraction=fraction, note=note, at=model.utc_now()))
+    def _listen(self, run: _Run, client: Any, future: Any, listener: Listener) -> None:
+        """Return when a job has ended or was stopped, or its cluster was lost."""
+        has_started = False
+        while client.status == "running" and not (run.is_stopped or future.done()):
+            with suppress(queue.Empty):
+                if news := run.news.get(timeout=LOOK_SECONDS):
+                    if news[0] is None:
+                        has_started = True
+                        listener.started()
+                    else:
+                        listener.progressed(*news)
+        if future.done() and not has_started:  # its reports may come later than its result
+            listener.started()
+
+    def _hear(self, event: tuple[float, tuple[str, Any, Any]]) -> None:
+        job_id, fraction, note = event[1]
+        if run := self._runs.get(job_id):
+            run.news.put((fraction, note))
 
     # The thread that keeps the connection
 
     def _keep_connected(self) -> None:
-        # One loop for all clients: one that cannot connect leaves its own behind, with its thread.
+        # One loop for all clients: one that cannot connect would leave its own behind.
         runner = self._distributed.utils.LoopRunner()
         runner.start()
         while not self._closed.is_set():
             try:
-                client = self._connect(runner.loop)
+                with self._connection(runner.loop) as client:
+                    self._tell(client, None)
+                    while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
+                        pass
+                    self._tell(None, f"The Dask scheduler at {self._url} was lost.")
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 self._tell(None, f"The Dask scheduler at {self._url} cannot be used: {exc}")
-                self._closed.wait(RETRY_SECONDS)
-                continue
-            self._tell(client, None)
-            while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
-                pass
-            self._tell(None, f"The Dask scheduler at {self._url} was lost.")
-            _close(client)
+            self._closed.wait(RETRY_SECONDS)
         runner.stop()
 
-    def _connect(self, loop: Any) -> Any:
-        """Return a client whose workers, also future ones, know the analysis."""
+    @contextmanager
+    def _connection(self, loop: Any) -> Iterator[Any]:
+        """Have a client whose workers, also later ones, have what the analysis needs."""
         client = self._distributed.Client(
             self._url, timeout=CONNECT_SECONDS, set_as_default=False, name="postback", loop=loop
         )
         try:
             self._upload(client)
             client.subscribe_topic(self._topic, self._hear)
-        except BaseException:
-            _close(client)
-            raise
-        # It must not connect again by itself: a new scheduler knows neither the files nor us.
-        client._timeout = 0  # noqa: SLF001 - there is no other way
-        return client
-
-    def _tell(self, client: Any, failure: str | None) -> None:
-        """Let all know of a change, and log it if it is one."""
-        self._client, self._failure = client, failure
-        for run in list(self._running.values()):
-            run.woken.set()
-        is_news = self._logged is not (failure is None) and not self._closed.is_set()
-        self._logged = failure is None
-        if is_news and failure:
-            log.warning("cluster away", extra={"error": failure})
-        elif is_news:
-            log.info("cluster connected", extra={"scheduler": self._url})
+            # It must not connect again by itself: a new scheduler knows neither the files nor us.
+            client._timeout = 0  # noqa: SLF001 - there is no other way
+            yield client
+        finally:
+            with suppress(Exception):  # it may be lost
+                client.close(timeout=CLOSE_SECONDS)
 
     def _upload(self, client: Any) -> None:
-        plugin = self._distributed.diagnostics.plugin
+        """Give our own module to all workers, under a name that no other version of it has."""
+        text = Path(worker.__file__).read_bytes()
+        name = f"postback_{hashlib.sha256(text).hexdigest()[:12]}"
+        # Functions are sent as the name of their module and their own.
+        sys.modules[name], worker.analyze_on_dask.__module__ = worker, name
+        plugins = self._distributed.diagnostics.plugin
         with tempfile.TemporaryDirectory() as directory:
-            bundle_path = _bundle(Path(directory), self._load)
-            _register(client, plugin.SchedulerUploadFile, bundle_path)  # it reads what it hands on
-            _register(client, plugin.UploadFile, bundle_path)
-        if self._upload_path:
-            _register(client, plugin.UploadFile, self._upload_path)
+            ours = Path(directory, f"{name}.py")
+            ours.write_bytes(text)
+            uploads = [plugins.SchedulerUploadFile(str(ours))]  # it reads what it hands on
+            uploads += [plugins.UploadFile(str(path)) for path in (ours, *self._upload_paths)]
+            for one in uploads:  # one that was given before under this name is replaced
+                client.register_plugin(one, name=f"postback-{Path(one.filename).name}")
 
-
-@dataclass(slots=True)
-class _Run:
-    """One job on its way through the cluster.
-
-    Attributes:
-        woken: There is something to look at: its ending, the loss of the cluster, or a stop.
-        stopped: Nobody waits for its ending.
-    """
-
-    report: Report
-    woken: threading.Event = field(default_factory=threading.Event)
-    stopped: bool = False
-
-    def wait(self) -> None:
-        """Wait until something may have changed: look at it before, and again after."""
-        self.woken.wait(LOOK_SECONDS)  # a result that was lost again tells nobody
-        self.woken.clear()
-
-
-def analyze_on_worker(  # pragma: no cover - on the workers runs the copy that was uploaded
-    load: Load, name: str, topic: str, job_id: str, body: bytes
-) -> model.Ending:
-    """Run the analysis on a Dask worker; its progress goes to the service as events of a topic."""
-    from distributed import get_worker
-
-    worker = get_worker()
-
-    def report(progress: Progress) -> None:
-        worker.log_event(topic, (job_id, progress.fraction, progress.note))
-
-    def analyze(data: Any, progress: Callable[..., None]) -> Any:
-        return _loaded(load, name)(data, progress)
-
-    return analysis.run(analyze, body, report)
-
-
-@functools.cache
-def _loaded(load: Load, name: str) -> analysis.Analyze:  # pragma: no cover - as above
-    return analysis.with_progress(load(name))
-
-
-def _bundle(directory: Path, load: Load) -> Path:
-    """Return a zip file of the modules that a worker needs of ours, named by what is in it."""
-    here = Path(__file__).parent
-    sources = {f"{here.name}/{path.name}": path for path in sorted(here.glob("*.py"))}
-    loader = Path(inspect.getfile(load))
-    sources[loader.name] = loader
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources.values())).hexdigest()
-    bundle_path = directory / f"postback-{digest[:12]}.zip"
-    with zipfile.ZipFile(bundle_path, "w") as bundle:
-        for name, path in sources.items():
-            bundle.write(path, name)
-    return bundle_path
-
-
-def _register(client: Any, kind: Any, path: Path) -> None:
-    """Give a file to the scheduler, or to its workers; one that is there stays as it is."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    name = f"postback-{path.name}-{digest[:12]}"
-    upload = kind(str(path))
-    upload.idempotent = True
-    try:
-        client.register_plugin(upload, name=name)
-    except Exception:
-        with contextlib.suppress(Exception):  # or the next try would find it there
-            client.unregister_worker_plugin(name)
-        raise
-
-
-def _close(client: Any) -> None:
-    with contextlib.suppress(Exception):  # it is lost anyway
-        client.close(timeout=CLOSE_SECONDS)
-
-
-def _quieten() -> None:
-    """Leave the telling to the lines of our own log: one at each change."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.partition(".")[0] in ("distributed", "tornado"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    def _tell(self, client: Any, failure: str | None) -> None:
+        """Note a change, and log it if it is one."""
+        if client and not self._client:
+            log.info("cluster connected", extra={"scheduler": self._url})
+        elif failure and not self._failure and not self._closed.is_set():
+            log.warning("cluster away", extra={"error": failure})
+        self._client, self._failure = client, failure
+        self._on_change()

@@ -6,31 +6,35 @@ from pathlib import Path
 from typing import Any
 
 
-def echo(data: Any) -> Any:
-    return data
+def act(data: Any, job: Any) -> Any:
+    """Call the function of this file that the data names; echo other data."""
+    if not (isinstance(data, dict) and "call" in data):
+        return data
+    return globals()[data["call"]](data["with"], job)
 
 
-def meet(data: dict[str, str]) -> int:
-    """Write this process's id down at `here`, wait until `there` exists, and return the id."""
-    Path(data["here"] + ".new").write_text(str(os.getpid()), encoding="ascii")
-    Path(data["here"] + ".new").rename(data["here"])
-    wait_for_file(data["there"])
-    return os.getpid()
+def describe(data: Any, job: Any) -> dict[str, Any]:
+    return {"id": job.id, "start": job.start, "metadata": job.metadata}
 
 
-def report(data: str, progress: Any) -> str:
-    """Report once, then wait until the path exists."""
-    progress(0.5, "half")
+def wait(data: str, job: Any) -> str:
+    """Leave a mark beside a file, report, and wait until the file is there."""
+    Path(f"{data}.{job.id}").touch()
+    job.progress(0.5, "half")
     wait_for_file(data)
-    return "told"
+    return "waited"
 
 
-def fail(data: Any) -> Any:
+def keep(data: Any, job: Any) -> None:
+    job.progress(0.5, keep=data)
+
+
+def fail(data: Any, job: Any) -> None:
     raise ValueError(f"cannot analyze {data}")
 
 
-def end(data: Any) -> Any:
-    os._exit(int(data))
+def end(data: int, job: Any) -> None:
+    os._exit(data)
 
 
 def wait_for_file(path: str) -> None:

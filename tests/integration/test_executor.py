@@ -1,0 +1,552 @@
+"""Where the analysis runs: whatever it does to its process, every job gets what it deserves."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import errors, executor, model
+from jobs.executor import Listener, WorkerExecutor
+from tests.harness import ROOT, act, poll
+
+JOB = model.Job(
+    id="",
+    state=model.State.RUNNING,
+    postback_url=None,
+    receiver="",
+    forwarded={},
+    created_at=model.utc_now(),
+)
+
+SHARED = {"alone": model.Alone.SHARED}
+
+_numbers = itertools.count(1)
+
+
+class Call(threading.Thread):
+    """One call of `run` in a thread of its own, which notes what the listener is told."""
+
+    def __init__(self, one, name, data, *, kept=None, keep=None, gate=None, **fields):
+        super().__init__(daemon=True)
+        self.job = dataclasses.replace(JOB, id=f"job-{next(_numbers)}", **fields)
+        self.told: list[Any] = []
+        self.has_started = threading.Event()
+        self.ending = "none yet"
+        self._one, self._kept, self._gate = one, kept, gate
+        self._body = json.dumps({"data": act(name, data)}).encode()
+        self._listener = Listener(
+            started=self.has_started.set,
+            progressed=lambda *report: self.told.append(report),
+            kept=keep or self.told.append,
+        )
+        self.start()
+
+    def run(self):
+        call = self._one.run(self.job, self._body, kept=self._kept, listener=self._listener)
+        with call as self.ending:
+            if self._gate:
+                self._gate.wait(20)
+
+    def stop(self):
+        self._one.stop(self.job.id)
+
+    def wait(self):
+        """Return the ending."""
+        self.join(20)
+        assert not self.is_alive(), f"{self._body[:200]!r} has not ended"
+        return self.ending
+
+    def result(self):
+        ending = self.wait()
+        assert getattr(ending, "outcome", None) == "succeeded", ending
+        return json.loads(ending.result)
+
+    def error(self):
+        """Return the message of an ending without a result."""
+        return self.wait().error["message"]
+
+
+@pytest.fixture
+def start():
+    """Return a function that starts an executor; `workers` is None for EXECUTOR=thread."""
+    started = []
+
+    def start(workers=None, analysis="tests.misbehaving:act"):
+        started.append(
+            WorkerExecutor(
+                analysis=analysis, workers=workers, log_level="info", on_change=lambda: None
+            )
+        )
+        started[-1].start()
+        return started[-1]
+
+    yield start
+
+    for one in started:
+        pids = [worker.pid for worker in one._workers]
+        one.close()
+        assert not one._workers
+        assert not any(map(is_alive, pids))
+
+
+@pytest.fixture(params=[None, 1], ids=["thread", "process"])
+def one(request, start):
+    """An executor of each kind."""
+    return start(request.param)
+
+
+def is_alive(pid):
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ends before, or while, it is read
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def mark(call, path):
+    """Return what a job wrote beside a file, as soon as it is there."""
+    file = Path(f"{path}.{call.job.id}")
+    poll(file.exists, f"{file}")
+    return file.read_text()
+
+
+# One job
+
+
+def test_an_analysis_has_its_data_and_knows_its_job(one):
+    call = Call(one, "describe", 0, kept='{"step": 3}', metadata={"a": 1}, starts=2)
+
+    expected = {"id": call.job.id, "start": 2, "metadata": {"a": 1}, "kept": {"step": 3}}
+    assert call.result() == expected
+    assert call.has_started.is_set()
+
+
+def test_an_analysis_that_raises_says_where_and_may_run_again(one):
+    ending = Call(one, "fail", 7).wait()
+
+    assert ending.error == {"type": "ValueError", "message": "cannot analyze 7"}
+    assert ending.frames[-1].endswith(" fail")
+    assert f"{ROOT / 'tests' / 'analyses.py'}:" in ending.frames[-1]
+    assert not [frame for frame in ending.frames if "worker.py" in frame]
+    assert ending.may_run_again
+
+
+def test_a_large_payload_and_a_large_result_arrive(one):
+    assert Call(one, "echo", "x" * 5_000_000).result() == "x" * 5_000_000
+
+
+def test_progress_and_kept_values_are_told_in_order(one):
+    call = Call(one, "report_and_keep", 0)
+
+    assert call.result() == {"n": 1}
+    assert call.told == [(0.1, "a"), '{"n": 1}', (0.3, "b")]
+
+
+def test_what_cannot_be_kept_is_raised_in_the_analysis(one):
+    def keep(text):
+        raise errors.JournalError("The disk is full.")
+
+    assert Call(one, "report_and_keep", 0, keep=keep).error() == "The disk is full."
+
+
+def test_what_the_listener_raises_reaches_its_caller_and_leaves_no_place_taken(start):
+    one = start(1)
+
+    def fail():
+        raise ZeroDivisionError
+
+    listener = Listener(started=fail, progressed=lambda *_: None, kept=lambda _: None)
+    call = one.run(dataclasses.replace(JOB, id="a"), b"{}", kept=None, listener=listener)
+
+    with pytest.raises(ZeroDivisionError), call:
+        pass
+
+    assert Call(one, "echo", 1).result() == 1
+
+
+# What a process has of its own
+
+
+def test_a_worker_inherits_nothing_that_surprises(one):
+    assert Call(one, "surroundings", 0).result() == {
+        "input": "",
+        "arguments": [],
+        "signals": ["SIG_DFL"] * 3,
+        "is group leader": True,
+    }
+
+
+def test_nothing_of_one_job_is_left_for_the_next(one):
+    seen = [Call(one, "leave_state", number).result() for number in range(5)]
+
+    assert seen == [[28, None, False, False]] * 5
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+def test_what_an_analysis_prints_and_logs_is_in_the_log_of_the_service(capfd, start, workers):
+    call = Call(start(workers), "print_in_every_way", "me")
+    call.result()
+
+    lines = sorted(line for line in capfd.readouterr().err.splitlines() if "me" in line.split())
+    assert [line for line in lines if "logged" not in line] == [
+        "me child",
+        "me print \\ud800",
+        "me write",
+    ]
+    logged = [line.partition("Z ")[2] for line in lines if "logged" in line]
+    phrase = "WARNING own me logged job_id="
+    assert sorted(logged) == sorted([f"{phrase}{call.job.id}", f"{phrase}own"])
+
+
+def test_pools_and_children_of_an_analysis_work(one):
+    calls = [Call(one, "pool", [-1, -2]) for _ in range(5)]
+
+    assert [call.result() for call in calls] == [[1, 2]] * 5
+    assert Call(one, "pool_given_up", 0).result() == "gave up"
+    assert Call(one, "terminate_a_child", 0).result() == -signal.SIGTERM
+
+
+def test_standard_streams_that_are_closed_harm_nobody(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "while (number := os.open(os.devnull, os.O_RDWR)) <= 2: pass\n"
+        "from tests.integration.test_executor import Call, WorkerExecutor\n"
+        "one = WorkerExecutor(analysis='tests.misbehaving:act', workers=None,\n"
+        "                     log_level='info', on_change=lambda: None)\n"
+        "one.start()\n"
+        "result = Call(one, 'print_in_every_way', 'a').result()\n"
+        f"open({str(tmp_path / 'result')!r}, 'w').write(str(result))\n"
+        "one.close()\n"
+    )
+
+    command = f"exec {sys.executable} {script} <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+    assert (tmp_path / "result").read_text() == "None"
+
+
+# The end of a worker
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "how"),
+    [
+        ("end_process", "segfault", "signal 11 (Segmentation fault)"),
+        ("crash_beside_a_child", 0, "exit code 3"),
+        ("close_descriptors", [3, 1000], "signal 9 (Killed)"),
+    ],
+)
+def test_a_job_that_ends_its_worker_is_crashed_and_the_next_one_runs(one, name, data, how):
+    assert Call(one, name, data).error() == f"The analysis ended its process: {how}."
+    assert Call(one, "echo", 1).result() == 1
+
+
+def test_jobs_that_share_a_worker_that_dies_run_again_alone(start, tmp_path):
+    one = start()
+    others = [Call(one, "wait", str(tmp_path / "go")) for _ in range(3)]
+    for call in others:
+        mark(call, tmp_path / "go")
+
+    crash = Call(one, "end_process", "exit 3")
+
+    assert [call.wait() for call in (*others, crash)] == [model.Again(is_alone=True)] * 4
+    (tmp_path / "go").touch()
+    assert Call(one, "wait", str(tmp_path / "go"), **SHARED).result() == "waited"
+    assert Call(one, "end_process", "exit 3", **SHARED).wait().outcome == "crashed"
+
+
+def test_a_job_that_has_ended_is_not_to_blame(start):
+    one = start()
+    assert Call(one, "die_later", 0.3).result() is None
+
+    assert Call(one, "sleep", 10).wait().outcome == "crashed"
+
+
+def test_a_job_alone_shares_its_worker_with_nobody(start, tmp_path):
+    one = start()
+    alone = Call(one, "hang", str(tmp_path / "go"), **SHARED)
+    pid = mark(alone, tmp_path / "go")
+
+    assert Call(one, "pid", 0).result() != int(pid)
+    assert one.free() > 1000
+    alone.stop()
+
+    assert alone.wait() is None
+    poll(lambda: not is_alive(pid), "the end of its worker")
+    poll(lambda: len(one._workers) == 1, "one worker is left")
+
+
+def test_an_analysis_that_ends_its_worker_politely_does_so_only_twice(one):
+    assert Call(one, "terminate", 0).wait() == model.Again(is_alone=True)
+    assert "signal 15 (Terminated)" in Call(one, "terminate", 0, **SHARED).error()
+
+
+def test_while_the_service_drains_no_job_is_blamed_or_begins(one, tmp_path):
+    running = Call(one, "wait", str(tmp_path / "go"))
+    mark(running, tmp_path / "go")
+
+    one.drain()
+
+    assert Call(one, "echo", 1).wait() == model.Again()
+    one._workers[0].kill()
+    assert running.wait() == model.Again()
+
+
+def test_close_ends_everything_at_once(one, tmp_path):
+    calls = [Call(one, "hang", str(tmp_path / "go")) for _ in range(2)]
+    mark(calls[0], tmp_path / "go")
+
+    one.close()
+
+    assert [call.wait() for call in calls] == [model.Again()] * 2
+
+
+# Stopped jobs
+
+
+def test_a_stopped_job_frees_its_place_at_once(one, tmp_path):
+    call = Call(one, "keep_the_interpreter", 0)
+    assert call.has_started.wait(20)
+    pid = one._workers[0].pid
+
+    call.stop()
+
+    assert call.wait() is None
+    poll(lambda: not is_alive(pid), "the end of its worker")
+    assert Call(one, "echo", 1).result() == 1
+
+
+def test_a_worker_with_a_hung_job_serves_until_another_is_ready_and_then_ends(start, tmp_path):
+    one = start()
+    hung = Call(one, "hang", str(tmp_path / "hung"))
+    other = Call(one, "wait", str(tmp_path / "go"))
+    pid = int(mark(hung, tmp_path / "hung"))
+    mark(other, tmp_path / "go")
+
+    hung.stop()
+
+    assert hung.wait() is None
+    assert one.failure() is None
+    poll(lambda: Call(one, "pid", 0).result() != pid, "the other worker")
+    assert is_alive(pid)
+    (tmp_path / "go").touch()
+    assert other.result() == "waited"
+    poll(lambda: not is_alive(pid), "its end")
+
+
+def test_a_job_that_cannot_begin_beside_a_hung_one_is_put_back(start):
+    one = start()
+    hung = Call(one, "keep_the_interpreter", 0)
+    assert hung.has_started.wait(20)
+    poll(lambda: all(run.has_begun for run in one._runs.values()), "its begin")
+    waiting = Call(one, "echo", 1)
+    assert waiting.has_started.wait(20)
+
+    hung.stop()
+
+    assert isinstance(waiting.wait(), model.Again)
+
+
+def test_a_stopped_job_may_have_ended_the_worker_of_another(start, tmp_path):
+    one = start()
+    hung, other = (Call(one, "hang", str(tmp_path / "go")) for _ in range(2))
+    pid = int(mark(hung, tmp_path / "go"))
+    mark(other, tmp_path / "go")
+    hung.stop()
+
+    os.kill(pid, signal.SIGKILL)
+
+    assert other.wait() == model.Again(is_alone=True)
+
+
+def test_a_job_that_waits_for_a_worker_can_be_stopped(start, tmp_path):
+    one = start(1)
+    hung = Call(one, "hang", str(tmp_path / "go"))
+    mark(hung, tmp_path / "go")
+    waiting = Call(one, "echo", 1)
+
+    waiting.stop()
+
+    assert waiting.wait() is None
+    assert not waiting.has_started.is_set()
+    hung.stop()
+
+
+def test_a_job_that_is_stopped_while_its_result_is_handled_yields_none_only_later(one):
+    gate = threading.Event()
+    call = Call(one, "echo", 1, gate=gate)
+    poll(lambda: call.ending != "none yet", "the ending")
+
+    call.stop()
+    gate.set()
+
+    assert call.result() == 1
+    assert Call(one, "echo", 2).result() == 2
+
+
+# Places
+
+
+def test_a_worker_is_free_again_when_the_ending_is_known(start):
+    one, gate = start(1), threading.Event()
+    assert one.free() == 1
+    call = Call(one, "echo", 1, gate=gate)
+    poll(lambda: call.ending != "none yet", "the ending")
+
+    assert one.free() == 1
+    assert Call(one, "echo", 2).result() == 2
+    gate.set()
+    call.wait()
+
+
+def test_each_worker_runs_one_job_and_a_third_waits(start, tmp_path):
+    one = start(2)
+    poll(lambda: one.free() == 2, "both workers")
+    calls = [Call(one, "wait", str(tmp_path / "go")) for _ in range(3)]
+    poll(lambda: len(list(tmp_path.iterdir())) == 2, "two have begun")
+
+    assert one.free() == 0
+    assert one.failure() is None
+    (tmp_path / "go").touch()
+    assert [call.result() for call in calls] == ["waited"] * 3
+
+
+def test_no_more_than_two_large_results_are_held(start):
+    one, gate = start(), threading.Event()
+    calls = [Call(one, "large", 2_000_000, gate=gate) for _ in range(4)]
+    poll(lambda: sum(call.ending != "none yet" for call in calls) == 2, "two results")
+
+    assert Call(one, "large", 1000).result() == "x" * 1000
+    assert sum(call.ending != "none yet" for call in calls) == 2
+    gate.set()
+    assert [len(call.result()) for call in calls] == [2_000_000] * 4
+
+
+# Limits of the machine
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_worker_without_descriptors_or_threads_has_jobs_run_later(start, left):
+    one = start()
+    Call(one, "open_too_many", left).result()
+
+    endings = [Call(one, "sleep", 0.2) for _ in range(3)]
+
+    again = [call.wait() for call in endings if isinstance(call.wait(), model.Again)]
+    assert again == [model.Again(pause_seconds=1.0)] * len(again)
+    assert len(again) >= 2 - left
+    assert one.failure() is None
+
+
+def test_a_service_without_descriptors_has_jobs_run_later(one):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        ending = Call(one, "echo", 1).wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert ending == model.Again(pause_seconds=1.0)
+    assert Call(one, "echo", 1).result() == 1
+
+
+# Loading
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Return a function that writes a module of the user's."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(source, name="own_analysis"):
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("run = 5", "'run' is not a function but of type int"),
+        ("raise ValueError('two\\n  lines')", "importing it raised ValueError: two lines"),
+        (
+            "import os, time\nif os.fork(): os._exit(6)\ntime.sleep(20)",
+            "loading it ended its process: exit code 6",
+        ),
+        (
+            "import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0",
+            "importing it raised ZeroDivisionError: division by zero",
+        ),
+    ],
+)
+def test_an_analysis_that_cannot_be_loaded_refuses_the_start(own, start, source, problem):
+    own(source)
+
+    with pytest.raises(errors.ConfigError) as caught:
+        start(2, "own_analysis:run")
+
+    assert caught.value.problems == (f"ANALYSIS='own_analysis:run': {problem}",)
+
+
+def test_the_modules_of_the_user_are_found_before_ours(own, start):
+    for name in ("config", "jobs", "app", "processing"):
+        own(f"name = 'own {name}'", name)
+    own("import app, config, jobs, processing\ndef run(_): return app.name, jobs.name, config.name")
+
+    assert Call(start(None, "own_analysis:run"), "", 0).result() == [
+        "own app",
+        "own jobs",
+        "own config",
+    ]
+
+
+def test_logging_that_the_user_sets_up_is_theirs(capfd, own, start):
+    own(
+        "import logging, logging.config\n"
+        "logging.config.dictConfig({'version': 1, 'formatters': {'own': {'format':"
+        " 'own %(message)s %(job_id)s'}}, 'handlers': {'own': {'class': 'logging.StreamHandler',"
+        " 'formatter': 'own'}}, 'root': {'handlers': ['own'], 'level': 'INFO'}})\n"
+        "def run(data): logging.info('line')\n"
+    )
+    call = Call(start(None, "own_analysis:run"), "", 0)
+    call.result()
+
+    assert f"own line {call.job.id}\n" in capfd.readouterr().err
+
+
+def test_a_slow_import_is_waited_for_and_told(own, start, caplog, monkeypatch):
+    monkeypatch.setattr(executor, "LOADING_SECONDS", 0.1)
+    caplog.set_level(logging.INFO, "postback")
+    own("import time; time.sleep(0.5)\ndef run(data): return 1")
+
+    assert Call(start(None, "own_analysis:run"), "", 0).result() == 1
+
+    assert "analysis loading" in caplog.messages
+    assert "worker ready" in caplog.messages
+
+
+def test_a_later_worker_that_cannot_load_is_told_and_tried_again(own, start, caplog, monkeypatch):
+    monkeypatch.setattr(executor, "RETRY_SECONDS", 0.05)
+    own("def run(data): return 1")
+    one = start(None, "own_analysis:run")
+    own("1 / 0")
+
+    one._workers[0].kill()
+
+    problem = "ANALYSIS='own_analysis:run': importing it raised ZeroDivisionError: division by zero"
+    poll(lambda: one.failure() == problem, "the failure")
+    assert one.free() == 0
+    assert "worker refused" in caplog.messages
+    own("def run(data): return 22")
+    assert Call(one, "", 0).result() == 22
+    assert one.failure() is None

@@ -1,0 +1,228 @@
+"""A worker as the service sees it, frame by frame, and `./run analyze` as its user does."""
+
+import _thread
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jobs import worker
+from tests.harness import ROOT, poll
+
+
+def echo(data, job):
+    return data
+
+
+def unprintable(data, job):
+    class UnprintableError(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    raise UnprintableError
+
+
+def report(data, job):
+    job.progress(0.25, "quarter")
+    job.progress(0.5, keep=data)
+    return job.kept
+
+
+def _start(target, arguments):
+    """Start a thread, as `_thread` does, that coverage sees."""
+
+    def run():
+        target(*arguments)
+        threading._active[threading.get_ident()] = thread  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    """Return a function that sends a job to a worker with an analysis; it runs in this process."""
+    monkeypatch.setattr(_thread, "start_new_thread", _start)
+    controls: list[socket.socket] = []
+    connections: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def connect(analyze, body=b'{"data": 7}', *, sent=True):
+        ours, theirs = socket.socketpair()
+        controls.extend((ours, theirs))
+        threads.append(threading.Thread(target=worker._serve, args=(theirs, analyze)))
+        threads[-1].start()
+        connection, far = socket.socketpair()
+        connections.append(connection)
+        with far:
+            socket.send_fds(ours, [b"j"], [far.fileno()])
+        facts = {"id": "j1", "start": 1, "metadata": None, "kept": None}
+        if sent:
+            connection.sendall(worker.pack(facts, body))
+        return connection
+
+    yield connect
+
+    for one in controls[::2]:
+        one.shutdown(socket.SHUT_RDWR)
+    for thread in threads:
+        thread.join()
+    for one in (*connections, *controls):
+        one.close()
+
+
+def read(connection):
+    """Return the kind and the payload of the next frame."""
+    kind, length = worker.FRAME.unpack(worker.exactly(connection, worker.FRAME.size))
+    return kind, worker.exactly(connection, length)
+
+
+@pytest.mark.parametrize("size", [0, 3_000_000])
+def test_a_job_begins_and_ends_with_its_result(connect, size):
+    connection = connect(echo, json.dumps({"data": "x" * size}).encode())
+
+    assert worker.exactly(connection, 1) == worker.START
+    assert read(connection) == (worker.RESULT, b'"' + b"x" * size + b'"')
+    assert connection.recv(1) == b""
+
+
+def test_an_exception_whose_message_cannot_be_read_is_an_error(connect):
+    connection = connect(unprintable)
+
+    assert worker.exactly(connection, 1) == worker.START
+    kind, payload = read(connection)
+    assert (kind, json.loads(payload)["kind"]) == (worker.ERROR, "UnprintableError")
+    assert json.loads(payload)["message"] == "(its message cannot be read)"
+
+
+def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):
+    monkeypatch.setattr(worker, "MAX_RESULT_BYTES", 5)
+    connection = connect(echo, b'{"data": 123456}')
+
+    assert worker.exactly(connection, 1) == worker.START
+    kind, payload = read(connection)
+    assert (kind, json.loads(payload)["kind"]) == (worker.ERROR, "result_too_large")
+
+
+@pytest.mark.parametrize(
+    ("answer", "frame"),
+    [(b"", (worker.RESULT, b"7")), (b"disk full", (worker.ERROR, b'"message": "disk full"'))],
+)
+def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
+    connect, answer, frame
+):
+    connection = connect(report)
+    assert worker.exactly(connection, 1) == worker.START
+    assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter"]')
+    assert read(connection) == (worker.PROGRESS, b'[0.5, ""]\n7')
+
+    worker.send(connection, worker.KEPT, answer)
+
+    kind, payload = read(connection)
+    assert kind == frame[0]
+    assert frame[1] in payload
+
+
+def test_keeping_fails_when_the_service_has_hung_up(connect):
+    raised = []
+
+    def keep(data, job):
+        try:
+            job.progress(0.5, keep=data)
+        except RuntimeError as exc:
+            raised.append(str(exc))
+
+    connection = connect(keep)
+    assert worker.exactly(connection, 1) == worker.START
+    read(connection)
+
+    connection.shutdown(socket.SHUT_RDWR)
+
+    poll(lambda: raised, "the error")
+    assert raised == ["The job has ended, so nothing can be kept."]
+
+
+def test_a_service_that_hangs_up_before_the_payload_is_passed_over(connect):
+    connection = connect(echo, sent=False)
+
+    connection.shutdown(socket.SHUT_WR)
+
+    assert worker.exactly(connection, 10) == worker.START
+
+
+def test_without_a_thread_the_connection_is_closed_before_it_begins(connect, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    connection = connect(echo, sent=False)
+
+    assert worker.exactly(connection, 1) == b""
+
+
+# ./run analyze
+
+
+def analyze(path, *, name="tests.analyses:echo", text="", stderr=subprocess.PIPE):
+    return subprocess.run(
+        [sys.executable, "-P", str(ROOT / "jobs" / "worker.py"), "analyze", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"ANALYSIS": name},
+        input=text,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_analysis_runs_once_in_the_terminal(tmp_path):
+    path = tmp_path / "payload.json"
+    path.write_text('{"data": {"é": [1]}}', encoding="utf-8")
+
+    done = analyze(path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == '{\n  "é": [\n    1\n  ]\n}\n'
+
+
+def test_the_default_analysis_reads_standard_input():
+    done = analyze("-", name="", text='{"data": 5, "metadata": {}}')
+
+    assert json.loads(done.stdout) == {"type": "number", "value": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tests.analyses:fail", '{"data": 1}', "ValueError: cannot analyze 1\n"),
+        ("tests.analyses:unserialisable", '{"data": 1}', 'result["rows"][0] is a set: use'),
+        ("tests.analyses:nowhere", '{"data": 1}', "ANALYSIS='tests.analyses:nowhere': the module"),
+        ("tests.analyses:echo", "{", "JSONDecodeError: Expecting property name"),
+        ("tests.analyses:echo", "[]", 'the payload is not an object with "data"'),
+    ],
+)
+def test_what_goes_wrong_is_said_in_the_terminal(name, text, message):
+    done = analyze("-", name=name, text=text)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        done = analyze(
+            "-", name="tests.misbehaving:complete", text='{"data": "half"}', stderr=theirs
+        )
+        os.close(theirs)
+        shown = terminal.read(1000).decode()
+
+    assert done.stdout == "null\n"
+    assert f"[{'#' * 15}{' ' * 15}]  50% half" in shown
+    assert f"[{'#' * 30}] 100% \x1b[K\r\n" in shown
