@@ -1,44 +1,37 @@
-"""One postback attempt: what is sent, what counts as success, when to try again.
+"""One attempt to post an event: what is sent, what counts as success, when to try again.
 
-Open this file to see or to change what a receiver gets. Which receivers may be reached is said in
-`web/outbound.py`; how an attempt is ended in time, in `web/transport.py`.
+Open this file to see or to change what a receiver gets. `web/outbound.py` says which receivers may
+be reached, and sends the request.
 """
 
-import email.utils
-import http
+import dataclasses
 import http.client
 import random
 import re
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
+from pathlib import Path
 
 import requests
 import requests.adapters
 
 from jobs import errors, model
 from web import outbound, signatures
-from web.transport import Transport
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
-#: A receiver may put off the next attempt by as much, in seconds.
+#: The longest wait that a receiver can ask for with Retry-After, in seconds.
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
-#: Each wait is made shorter or longer by up to this part of it, or all jobs come back at once.
+#: Each wait is made shorter or longer by up to this part of it, so that the jobs that failed
+#: together do not all come back together.
 JITTER = 0.2
 
-#: What the operator reads for a failure; the first line that fits. Never the receiver's own words.
-_PHRASES: tuple[tuple[type[Exception], str], ...] = (
-    (errors.ReceiverRefusedError, "refused: {0}"),
-    (ssl.SSLCertVerificationError, "certificate refused: {0.verify_message}"),
-    (ssl.SSLError, "TLS failed: {0.reason}"),
-    (http.client.RemoteDisconnected, "connection closed without an answer"),
-    (http.client.HTTPException, "the answer is not proper HTTP"),
-)
+#: How much of a failed answer the operator sees, in characters.
+MAX_ANSWER = 512
 
-#: What the operator cannot set by POSTBACK_HEADERS.
+#: What the operator cannot set with POSTBACK_HEADERS.
 RESERVED_HEADERS = re.compile(
     r"webhook-.*|content-.*|host|transfer-encoding|connection|accept-encoding|user-agent"
 )
@@ -48,55 +41,56 @@ def seconds_until_next(
     number: int,
     schedule: Sequence[float],
     *,
-    retry_after_seconds: float | None = None,
+    retry_after_seconds: float = 0.0,
     random: Callable[[], float] = random.random,
 ) -> float | None:
-    """Return how long to wait after a failed attempt, its jitter included; None: it was the last.
+    """Return how long to wait after a failed attempt, jitter included; None if it was the last.
 
     Args:
-        number: The attempt that failed; the first is 1.
+        number: The attempt that failed. The first is 1.
         schedule: Seconds to wait after attempt 1, 2, 3, ...
-        retry_after_seconds: The least to wait.
+        retry_after_seconds: The shortest wait.
         random: Gives a number from 0 to 1.
     """
     if number > len(schedule):
         return None
-    backoff_seconds = schedule[number - 1] * (1 + JITTER * (2 * random() - 1))
-    return max(backoff_seconds, retry_after_seconds or 0.0)
+    return max(schedule[number - 1] * (1 + JITTER * (2 * random() - 1)), retry_after_seconds)
 
 
 class Sender:
-    """Makes attempts, from as many threads at once as there are. One serves them all.
+    """Makes attempts, from any number of threads.
 
     Args:
-        url: Where to, unless a caller named another place.
-        policy: Which URLs of callers are allowed; asked again at each attempt.
-        secrets: Sign the events; more than one while they are rotated, none for no signature.
-        headers: What the operator adds to each attempt, never instead of ours: perhaps a token, so
-            not to a URL that a caller chose among all.
-        timeout_seconds: The wall clock of a whole attempt, whatever the receiver does.
+        url: Where events go unless the caller named another URL.
+        own_origins: The receivers that share our secrets, besides the origin of `url`. Each other
+            receiver has secrets of its own, so that none can forge an event to another.
+        policy: Which URLs of callers are allowed. It is asked again at each attempt.
+        secrets: Sign the events. More than one while they are rotated, none for no signature.
+        headers: What the operator adds to each attempt. They may contain a token, so they are not
+            sent to URLs that only `*` allows.
+        timeout_seconds: The limit for a whole attempt, by the wall clock.
         schedule: Seconds to wait after attempt 1, 2, 3, ...
+        ca_path: A file with the certificates to trust in place of the usual ones.
         clock: Gives the aware instant that is signed.
         random: Gives a number from 0 to 1, for the jitter.
-        ca_bundle: A file of certificates to trust in place of the usual ones.
-        resolve: From a host name to its addresses.
     """
 
     def __init__(
         self,
         *,
         url: str,
+        own_origins: frozenset[str] = frozenset(),
         policy: outbound.Policy,
         secrets: Sequence[str],
         headers: Mapping[str, str],
         timeout_seconds: float,
         schedule: Sequence[float],
+        ca_path: Path | None = None,
         clock: Callable[[], datetime] = model.utc_now,
         random: Callable[[], float] = random.random,
-        ca_bundle: str | None = None,
-        resolve: outbound.Resolve = outbound.resolve,
     ) -> None:
         self._url = url
+        self._own_origins = own_origins | {outbound.parts(url).origin}
         self._policy = policy
         self._secrets = tuple(secrets)
         self._headers = dict(headers)
@@ -104,10 +98,13 @@ class Sender:
         self._schedule = tuple(schedule)
         self._clock = clock
         self._random = random
-        ca_path = ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH
-        # Apart, so that no connection to a private address serves a caller's URL.
-        self._transports = {
-            public_only: Transport(ca_path=ca_path, public_only=public_only, resolve=resolve)
+        # Two, because a kept connection to a private address must not serve a URL that only `*`
+        # allows.
+        self._adapters = {
+            public_only: outbound.CurlAdapter(
+                ca_path=str(ca_path or requests.adapters.DEFAULT_CA_BUNDLE_PATH),
+                public_only=public_only,
+            )
             for public_only in (False, True)
         }
         #: No attempt is due later than this after another.
@@ -115,67 +112,75 @@ class Sender:
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
 
     def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
-        """Send an event once, and tell how that went. Whatever happens, nothing is raised.
+        """Send an event once and return how that went. Nothing is raised, whatever happens.
 
         Args:
             job: Its id is the webhook-id, the same for each attempt.
-            event: Sent byte for byte.
+            event: Is sent byte for byte.
         """
         attempted_at, started = self._clock(), time.monotonic()
-        status_code: int | None = None
-        headers: Mapping[str, str] = {}
+        answer, public_only = None, False
         try:
             public_only = job.postback_url is not None and self._policy.check(job.postback_url)
             request = self._request(job, event, timestamp=attempted_at, is_trusted=not public_only)
-            # Not by a Session: it adds cookies, .netrc, proxies and half of the time.
-            answer = self._transports[public_only].send(request, timeout=self._timeout_seconds)
-            status_code, headers = answer.status_code, answer.headers
-            error = _fault(status_code)
+            # Not with a Session: it adds cookies and .netrc, and doubles the cost.
+            answer = self._adapters[public_only].send(request, timeout=self._timeout_seconds)
+            error = _fault(answer.status_code)
         except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
-            error = self._reason(exc)
-        final = error is None or _is_final(status_code, headers)
-        return model.Attempt(
+            error = _reason(exc)
+        made = model.Attempt(
             number=job.attempts + 1,
             attempted_at=attempted_at,
             duration_seconds=time.monotonic() - started,
-            status_code=status_code,
+            status_code=None if answer is None else answer.status_code,
             error=error,
-            seconds_until_next=None if final else self._until_next(job, headers, attempted_at),
         )
+        return made if made.delivered else self._failed(job, made, answer, show=not public_only)
 
-    def _until_next(
-        self, job: model.Job, headers: Mapping[str, str], now: datetime
-    ) -> float | None:
-        return seconds_until_next(
-            job.attempts + 1 - job.resent_after,  # a resend has the whole schedule before it
+    def _failed(
+        self, job: model.Job, made: model.Attempt, answer: requests.Response | None, *, show: bool
+    ) -> model.Attempt:
+        """Return a failed attempt together with what follows from the answer."""
+        headers: Mapping[str, str] = {} if answer is None else answer.headers
+        asked_seconds = min(float(headers.get("retry-after", 0)), MAX_RETRY_AFTER_SECONDS)
+        is_final = made.status_code == 410 or headers.get("webhook-delivery") == "abort-message"
+        until_next = seconds_until_next(
+            made.number - job.resent_after,  # a resend has the whole schedule before it
             self._schedule,
-            retry_after_seconds=_retry_after(headers, now),
+            retry_after_seconds=asked_seconds,
             random=self._random,
         )
+        body = b"" if answer is None or not show else answer.content
+        return dataclasses.replace(
+            made,
+            answer=body.decode(errors="replace")[:MAX_ANSWER] or None,
+            seconds_until_next=None if is_final else until_next,
+            hold_seconds=asked_seconds if made.status_code in {429, 503} else 0.0,
+        )
 
-    def close(self) -> None:
-        """Close the connections that are kept; attempts that are under way end by themselves."""
-        for transport in self._transports.values():
-            transport.close()
+    def close_idle(self, seconds: float = outbound.CLOSE_IDLE_SECONDS) -> None:
+        """Close the connections that no attempt has used for so long. Call it once a second."""
+        for adapter in self._adapters.values():
+            adapter.close_idle(seconds)
 
     def _request(
         self, job: model.Job, event: bytes, *, timestamp: datetime, is_trusted: bool
     ) -> requests.PreparedRequest:
-        """Build every attempt in this one place: id and bytes stay, time and signature are new.
+        """Build the request: id and event are the same at each attempt, time and signature new.
 
-        By hand: `PreparedRequest.prepare` checks what is checked already, and costs as much as the
-        sending.
+        Without `PreparedRequest.prepare`, which checks again what is checked already and would cost
+        as much as the sending.
         """
         own = {
             name: text
             for name, text in self._headers.items()
             if is_trusted and name.lower() not in job.forwarded
         }
+        target = outbound.parts(job.postback_url or self._url)
         headers = {
             **own,
             **job.forwarded,
             "Content-Type": "application/json",
-            "Content-Length": str(len(event)),
             "User-Agent": f"postback/{VERSION}",
             "Accept-Encoding": "identity",
             "webhook-id": job.id,
@@ -185,49 +190,35 @@ class Sender:
         }
         if self._secrets:
             headers["webhook-signature"] = signatures.sign(
-                self._secrets, webhook_id=job.id, timestamp=timestamp, body=event
+                self._secrets_for(target.origin),
+                webhook_id=job.id,
+                timestamp=timestamp,
+                body=event,
             )
         request = requests.PreparedRequest()
-        request.method, request.url, request.body = "POST", job.postback_url or self._url, event
+        request.method, request.url, request.body = "POST", target.url, event
         request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster
         return request
 
-    def _reason(self, exc: Exception) -> str:
-        if isinstance(exc, TimeoutError):
-            return f"no answer within {self._timeout_seconds:g} s"
-        for kind, phrase in _PHRASES:
-            if isinstance(exc, kind):
-                return phrase.format(exc)[:200]
-        return str(getattr(exc, "strerror", None) or type(exc).__name__)[:200]
-
-
-def _is_success(status_code: int) -> bool:
-    # Not Response.ok: requests calls every status below 400 ok, a redirect included.
-    return 200 <= status_code < 300
+    def _secrets_for(self, origin: str) -> Sequence[str]:
+        if origin in self._own_origins:
+            return self._secrets
+        return [signatures.secret_for(secret, origin) for secret in self._secrets]
 
 
 def _fault(status_code: int) -> str | None:
-    """Return what is wrong with a status; None when it means delivered."""
-    if _is_success(status_code):
+    """Return what is wrong with a status; None if it means that the event is delivered."""
+    # Not Response.ok: requests calls every status below 400 ok, a redirect included.
+    if 200 <= status_code < 300:
         return None
-    # Our own words: the phrase of the answer is the receiver's.
+    # Our own words: the phrase in the answer is the receiver's.
     phrase = http.client.responses.get(status_code, "")
     redirect = ": redirects are not followed" if 300 <= status_code < 400 else ""
     return f"{status_code} {phrase}".strip() + redirect
 
 
-def _is_final(status_code: int | None, headers: Mapping[str, str]) -> bool:
-    return status_code == 410 or headers.get("webhook-delivery") == "abort-message"
-
-
-def _retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
-    """Return the seconds a Retry-After asks for; None when there is none that makes sense."""
-    text = headers.get("retry-after", "")
-    if re.fullmatch(r"[0-9]+", text):
-        return min(float(text), MAX_RETRY_AFTER_SECONDS)
-    try:
-        at = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    seconds = (at.replace(tzinfo=at.tzinfo or UTC) - now).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
+def _reason(exc: Exception) -> str:
+    """Return why there was no answer. It never contains a URL's query."""
+    if isinstance(exc, errors.Refusal):
+        return f"refused: {exc.detail}"
+    return str(exc)[:200] if isinstance(exc, requests.ConnectionError) else type(exc).__name__

@@ -11,7 +11,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -232,6 +232,17 @@ def reset_after(start: bytes) -> Callable[[socket.socket, Recorded], None]:
         reset(conn)
 
     return behave
+
+
+@contextlib.contextmanager
+def silent_port(host: str, port: int = 0) -> Iterator[int]:
+    """Give a port at which connections are neither accepted nor refused."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as full, socket.socket(family) as filler:
+        full.bind((host, port))
+        full.listen(0)
+        filler.connect(full.getsockname())
+        yield int(full.getsockname()[1])
 
 
 #: 100 Continue for ever.

@@ -1,68 +1,116 @@
-"""Which URLs and addresses a postback may reach.
+"""Which URLs and addresses a postback may reach, and the transport that checks before it connects.
 
-Text is no filter: a name can resolve to anything, and to something else a second later. So beside
-the rule for URLs there is one for addresses; `web/transport.py` applies it to the address that it
-is about to connect to, before any byte is sent.
+A URL that a caller chose is checked twice. `Policy` reads its text when the job is accepted and at
+each attempt. But a name can resolve to any address, and to another one a second later, so where
+only public addresses are allowed, `CurlAdapter` checks each address before it connects to it.
 """
 
+import contextlib
 import functools
+import io
 import ipaddress
+import os
 import re
 import socket
+import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
+
+import pycurl
+import requests
 
 from jobs import errors
 
 #: The longest URL that is accepted, in characters.
 MAX_URL = 2048
 
-#: From a host name to its addresses, in the order to try them. May block, and may raise OSError.
-Resolve = Callable[[str], Sequence[str]]
+#: How much of an answer's body is read, in bytes.
+MAX_ANSWER_BYTES = 4096
 
-# A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host:
-# printable ASCII without blank, "#" and backslash, and nothing but a port beside the host.
+#: A connection that was idle for longer is not used again, in seconds: a firewall on the way may
+#: have forgotten it without telling anyone.
+MAX_IDLE_SECONDS = 25
+
+#: A handle that no request has used for so long is closed together with its connections, or those
+#: that receivers have closed would stay half-open in this process.
+CLOSE_IDLE_SECONDS = 5.0
+
+# A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host.
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = rf"(?P<host>{_LABEL}(\.{_LABEL})*\.?|\[[0-9a-f:.]+\])"
 _URL = re.compile(
-    rf"(?P<scheme>https?)://(?P<host>{_LABEL}(\.{_LABEL})*\.?|\[[0-9a-f:.]+\])"
-    r"(:(?P<port>[0-9]{1,5}))?(?P<rest>([/?][!\"$-\[\]-~]*)?)",
+    rf"(?P<scheme>https?)://{_HOST}(:(?P<port>[0-9]{{1,5}}))?(?P<rest>([/?][!\"$-\[\]-~]*)?)",
     re.IGNORECASE | re.ASCII,
+)
+
+_BAD_HOST = "The host must be a host name in ASCII (xn--...), an IPv4 address or an [IPv6 address]."
+_BAD_PORT = "The port must be a number from 1 to 65535."
+
+# What is said about a URL that the grammar refuses: the sentence of the first pattern that does not
+# match. No sentence quotes the URL, because it may contain a password.
+_RULES = (
+    (rf".{{0,{MAX_URL}}}", f"The URL must have at most {MAX_URL} characters."),
+    (r"https?://.*", "The URL must begin with http:// or https://."),
+    (r"[^/]*//[^/?#@]*([/?#].*)?", "The URL must have no user name and no password."),
+    (r"[^#]*", "The URL must have no fragment (#...)."),
+    (r"[!-\[\]-~]*", "The URL must be printable ASCII without spaces and without backslashes."),
+    (rf"[^/]*//{_HOST}(:[^/?]*)?([/?].*)?", _BAD_HOST),
+    (r"(?!)", _BAD_PORT),  # matches nothing
 )
 
 # inet_aton reads these as an IPv4 address: 2130706433, 0x7f.1, 0177.0.0.1, 0.
 _NUMERIC_HOST = re.compile(r"(.*\.)?(0x[0-9a-f]*|[0-9]+)\.?")
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
 # IANA's special-purpose registries, written out: ipaddress.is_global changes between patch
-# releases, and calls multicast global. 168.63.129.16 is Azure's metadata service.
-_NOT_PUBLIC: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = (
-    *map(
-        ipaddress.IPv4Network,
-        (
-            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
-            *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24"),
-            *("192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),
-            *("224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32"),
-        ),
-    ),
-    *map(
-        ipaddress.IPv6Network,
-        # All but 2000::/3, and what is special within it: Teredo and others, documentation.
-        ("::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "3fff::/20"),
-    ),
-)
+# releases, and calls multicast global. 168.63.129.16 is Azure's metadata service. Of IPv6, all but
+# 2000::/3, and what is special within it: Teredo and others, documentation.
+_NOT_PUBLIC = [
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+        *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16"),
+        *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        "168.63.129.16/32",
+        *("::/3", "4000::/2", "8000::/1", "2001::/23", "2001:db8::/32", "3fff::/20"),
+    )
+]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+# Of every handle of libcurl. Nothing else is switched on, such as redirects, cookies or .netrc.
+_OPTIONS: dict[int, object] = {
+    pycurl.POST: 1,
+    pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+    pycurl.PROXY: "",  # without it, libcurl reads http_proxy and the like
+    pycurl.MAXAGE_CONN: MAX_IDLE_SECONDS,
+    pycurl.DNS_CACHE_TIMEOUT: 1,  # seconds; a failed look-up is cached, too
+    pycurl.NOSIGNAL: 1,
+    # CURLOPT_QUICK_EXIT, which pycurl has no name for: closing a handle does not wait for a name
+    # look-up that hangs. Without it, close() was seen to block for 9.5 s.
+    322: 1,
+}
+
+# What the operator reads for an error code of libcurl. Of libcurl's own texts, only those about TLS
+# never contain the URL with its query.
+_TLS = (pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE)
+_NOT_HTTP = (pycurl.E_UNSUPPORTED_PROTOCOL, pycurl.E_FTP_WEIRD_SERVER_REPLY, 100)  # 100: TOO_LARGE
+_PHRASES = {
+    pycurl.E_OPERATION_TIMEDOUT: "no answer within {timeout:g} s",
+    pycurl.E_COULDNT_RESOLVE_HOST: "the host name could not be resolved",
+    pycurl.E_GOT_NOTHING: "the connection was closed without an answer",
+    **dict.fromkeys(_TLS, "TLS failed: {text}"),
+    **dict.fromkeys(_NOT_HTTP, "the answer is not proper HTTP"),
+}
 
 
 class Parts(NamedTuple):
     """What a URL consists of.
 
     Attributes:
-        host: In lower case; an IPv6 address in brackets.
-        target: The path and the query, as they are sent; "" where the URL has neither.
+        host: In lower case. An IPv6 address is in brackets.
+        target: The path and the query, as they are sent. Empty if the URL has neither.
     """
 
     scheme: str
@@ -72,53 +120,55 @@ class Parts(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """The `scheme://host:port`, the port always told."""
+        """The `scheme://host:port`, always with the port."""
         return f"{self.scheme}://{self.host}:{self.port}"
 
     @property
-    def authority(self) -> str:
-        """The value of the header Host."""
-        is_default = self.port == _DEFAULT_PORTS[self.scheme]
-        return self.host if is_default else f"{self.host}:{self.port}"
+    def url(self) -> str:
+        """The URL that is sent to."""
+        return self.origin + self.target
 
 
 @functools.lru_cache(maxsize=1024)
 def parts(url: str) -> Parts:
-    """Return the parts of a plain http or https URL.
-
-    A host that is not ASCII is refused: its punycode form is accepted.
+    """Return the parts of an http or https URL.
 
     Raises:
-        ReceiverRefusedError: It is none.
+        Refusal: The URL is not valid. The detail says which part is wrong and does not quote it,
+            because it may contain a password.
     """
     match = _URL.fullmatch(url) if len(url) <= MAX_URL else None
     if not match:
-        raise _refusal()
+        flags = re.IGNORECASE | re.ASCII | re.DOTALL
+        raise _refused(next(why for rule, why in _RULES if not re.fullmatch(rule, url, flags)))
     scheme, host = match["scheme"].lower(), _canonical(match["host"].lower())
-    return Parts(scheme, host, _checked_port(scheme, match["port"]), _encoded(match["rest"]))
+    port = int(match["port"] or (443 if scheme == "https" else 80))
+    if not host or not 1 <= port <= 65535:
+        raise _refused(_BAD_PORT if host else _BAD_HOST)
+    rest = match["rest"]
+    path = f"/{rest}" if rest.startswith("?") else rest
+    return Parts(scheme, host, port, urllib.parse.quote(path, safe="!$%&'()*+,/:;=?@[]~"))
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an IP address is one of the public internet; False for what is no address.
+    """Tell whether an IP address belongs to the public internet. False if it is not an address.
 
-    An IPv4 address that travels inside an IPv6 address (mapped, 6to4, NAT64) is judged itself.
+    An IPv4 address inside an IPv6 address (mapped, 6to4, NAT64) is judged itself.
     """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
+    ip = _ip(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        ip = _embedded(ip) or ip
-    return ip.is_global and not any(ip in network for network in _NOT_PUBLIC)
+        nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
+        ip = nat64 or ip.ipv4_mapped or ip.sixtofour or ip
+    return ip is not None and ip.is_global and not any(ip in network for network in _NOT_PUBLIC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Which postback URLs a caller may ask for; with neither, none.
+    """Which postback URLs a caller may ask for. If both attributes are empty, none.
 
     Attributes:
-        allow: Origins that are listed by name, as `origin` writes them; they may be private.
-        any_public_https: Whether every public https address is allowed beside them.
+        allow: Origins that are listed by name, as `Parts.origin` writes them. They may be private.
+        any_public_https: Whether every https URL with a public address is allowed, too.
     """
 
     allow: frozenset[str]
@@ -126,10 +176,10 @@ class Policy:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Read POSTBACK_ALLOW: origins separated by blanks, `*` for any public https address.
+        """Read POSTBACK_ALLOW: origins separated by spaces, `*` for any public https address.
 
         Raises:
-            ValueError: An entry is no origin; the message names it.
+            ValueError: An entry is not an origin. The message quotes it without a password.
         """
         entries = set(text.split())
         return cls(allow=frozenset(map(_listed, entries - {"*"})), any_public_https="*" in entries)
@@ -138,83 +188,185 @@ class Policy:
         """Return whether the address behind an allowed URL must be public. Looks up no name.
 
         Raises:
-            ReceiverRefusedError: The URL is not allowed.
+            Refusal: The URL is not allowed.
         """
-        scheme, host, *_ = found = parts(url)
+        try:
+            scheme, host, *_ = found = parts(url)
+        except errors.Refusal as exc:
+            raise _refused(f"postback_url: {exc.detail}") from exc
         if found.origin in self.allow:
             return False
         if not self.any_public_https:
-            raise errors.ReceiverRefusedError(
-                f"postback_url: {found.origin} is not listed in POSTBACK_ALLOW."
-            )
-        if scheme != "https":
-            raise errors.ReceiverRefusedError("postback_url must begin with https://.")
-        if is_address(host) and not is_public(host.strip("[]")):
-            raise errors.ReceiverRefusedError(f"postback_url: {host} is not a public address.")
-        return True
+            problem = f"{found.origin} is not listed in POSTBACK_ALLOW."
+        elif scheme != "https":
+            problem = "The URL must begin with https://."
+        elif _ip(host) and not is_public(host):
+            problem = f"{host} is not a public address."
+        else:
+            return True
+        hint = f"To allow it, the operator adds {found.origin} to POSTBACK_ALLOW."
+        raise _refused(f"postback_url: {problem} {hint}")
 
 
-def resolve(host: str) -> Sequence[str]:
-    """Return the addresses of a name, in the order in which the system would try them."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+class CurlAdapter(requests.adapters.BaseAdapter):
+    """Sends POST requests with libcurl, from any number of threads.
+
+    A handle of libcurl keeps its connections and is used by one thread at a time. Between two
+    requests it waits in a pool. Redirects, cookies, proxies, .netrc and the environment are not
+    used. Certificates are always verified.
+
+    Args:
+        ca_path: A file with the certificates to trust.
+        public_only: Whether every address of a host must be public. It is the same for all
+            requests, because a connection that is kept is not checked again.
+    """
+
+    def __init__(self, *, ca_path: str, public_only: bool) -> None:
+        super().__init__()
+        self._ca_path = ca_path
+        self._public_only = public_only
+        # The handles that no request uses, the longest idle first, each with the time.monotonic()
+        # since when it is idle.
+        self._idle: deque[tuple[float, pycurl.Curl]] = deque()
+
+    def send(
+        self, request: requests.PreparedRequest, *_: Any, timeout: Any = None, **__: Any
+    ) -> requests.Response:
+        """Send a POST request and return the answer, with at most 4 KiB of its body.
+
+        An answer counts as soon as its header is complete, whatever happens to its body. Its header
+        Retry-After is always a number of seconds, 0 if there is none.
+
+        Args:
+            request: Has a body of bytes. Host and Content-Length are added to its headers.
+            timeout: Seconds for everything together, the name look-up included.
+
+        Raises:
+            Refusal: An address is not public, and must be.
+            requests.ConnectionError: There was no answer. The text says why.
+        """
+        curl, head, body = self._take(), list[bytes](), bytearray()
+        lines = ["Expect:", *(f"{name}: {text}" for name, text in request.headers.items())]
+        curl.setopt(pycurl.URL, request.url)
+        curl.setopt(pycurl.POSTFIELDS, request.body)
+        curl.setopt(pycurl.HTTPHEADER, lines)
+        curl.setopt(pycurl.HEADERFUNCTION, head.append)
+        curl.setopt(pycurl.WRITEFUNCTION, functools.partial(_add, body))
+        code, reason = 0, "the connection was closed within the header of the answer"
+        try:
+            self._perform(curl, timeout)
+        except pycurl.error as exc:
+            code, reason = exc.args[0], _reason(curl, exc, timeout)
+        finally:
+            answer = _answer(curl, head, bytes(body))
+            curl.setopt(pycurl.POSTFIELDS, b"")  # a large event must not stay in the pool
+            if code == pycurl.E_OPERATION_TIMEDOUT:
+                curl.close()  # a name look-up that hangs would hold up the handle's next one
+            else:
+                self._idle.append((time.monotonic(), curl))
+        if answer is None:
+            raise requests.ConnectionError(reason)
+        return answer
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the handles, and their connections, that were idle for so long."""
+        with contextlib.suppress(IndexError):
+            while self._idle[0][0] <= time.monotonic() - seconds:
+                self._idle.popleft()[1].close()
+
+    def _perform(self, curl: pycurl.Curl, timeout: float) -> None:
+        """Let libcurl do the request.
+
+        Where addresses must be public and no connection is kept, it is first done in vain: each
+        address of the host is refused and noted. If all of them are public, it is done again.
+        """
+        deadline = time.monotonic() + timeout
+        asked, approved = set[str](), set[str]()
+        if self._public_only:
+            curl.setopt(pycurl.OPENSOCKETFUNCTION, functools.partial(_open_socket, asked, approved))
+        while True:
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((deadline - time.monotonic()) * 1000)))
+            try:
+                curl.perform()
+                return
+            except pycurl.error:
+                if not all(map(is_public, asked)):
+                    raise _refused("The address of the host is not public.") from None
+                if asked <= approved:
+                    raise
+                approved |= asked
+
+    def _take(self) -> pycurl.Curl:
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()[1]
+        curl = pycurl.Curl()
+        for option, value in (_OPTIONS | {pycurl.CAINFO: self._ca_path}).items():
+            curl.setopt(option, value)
+        return curl
 
 
-def is_address(host: str) -> bool:
-    """Tell whether a host is an address, an IPv6 one perhaps in brackets."""
+def _open_socket(asked: set[str], approved: set[str], _: int, address: Any) -> int:
+    asked.add(address.addr[0])
+    if address.addr[0] not in approved:
+        return int(pycurl.SOCKET_BAD)
+    return socket.socket(address.family, address.socktype, address.protocol).detach()
+
+
+def _add(body: bytearray, part: bytes) -> int | None:
+    body += part[: MAX_ANSWER_BYTES - len(body)]
+    return None if len(body) < MAX_ANSWER_BYTES else 0  # 0 ends the request
+
+
+def _answer(curl: pycurl.Curl, head: Sequence[bytes], body: bytes) -> requests.Response | None:
+    """Return the final answer; None if its header is not complete."""
+    # Interim answers, such as 103, may come before.
+    starts = [n for n, line in enumerate(head, 1) if line[:5].upper() == b"HTTP/"]
+    lines = [line.decode("latin-1").strip() for line in head[max(starts, default=0) :]]
+    status_code = curl.getinfo(pycurl.RESPONSE_CODE)
+    if "" not in lines or status_code < 200:
+        return None
+    answer = requests.Response()
+    answer.status_code, answer.raw = status_code, io.BytesIO(body)
+    for name, _, text in (line.partition(":") for line in lines):
+        answer.headers[name] = text.strip()
+    answer.headers["retry-after"] = str(curl.getinfo(pycurl.RETRY_AFTER))
+    return answer
+
+
+def _reason(curl: pycurl.Curl, exc: pycurl.error, timeout: float) -> str:
+    code, text = exc.args
+    number = curl.getinfo(pycurl.OS_ERRNO)
+    system = os.strerror(number) if number else f"error {code} of libcurl"
+    phrase = _PHRASES.get(code, "the connection failed: {system}")
+    return phrase.format(timeout=timeout, text=text, system=system)
+
+
+def _canonical(host: str) -> str | None:
+    """Return a host as all programs read it alike; None if they do not."""
+    ip = _ip(host)
+    if host.startswith("["):
+        return f"[{ip}]" if isinstance(ip, ipaddress.IPv6Address) else None
+    return host if ip or (len(host) <= 253 and not _NUMERIC_HOST.fullmatch(host)) else None
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(host.strip("[]"))
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False
-    return True
-
-
-def _canonical(host: str) -> str:
-    if is_address(host):
-        if not host.startswith("["):
-            return host
-        if ":" in host:
-            return f"[{ipaddress.IPv6Address(host[1:-1])}]"
-    if len(host) > 253 or host.startswith("[") or _NUMERIC_HOST.fullmatch(host):
-        raise _refusal()
-    return host
-
-
-def _checked_port(scheme: str, text: str | None) -> int:
-    port = int(text) if text else _DEFAULT_PORTS[scheme]
-    if not 1 <= port <= 65535:
-        raise _refusal()
-    return port
-
-
-def _refusal() -> errors.ReceiverRefusedError:
-    return errors.ReceiverRefusedError(
-        "postback_url must be a plain http or https URL: a host, perhaps a port and a path, no"
-        f" user name, no fragment, printable ASCII, at most {MAX_URL} characters."
-    )
-
-
-def _encoded(rest: str) -> str:
-    """Return what follows the host, with percent signs for what a URL may not hold (RFC 3986)."""
-    path = rest if rest.startswith("/") or not rest else f"/{rest}"
-    return urllib.parse.quote(path, safe="!$%&'()*+,/:;=?@[]~")
+        return None
 
 
 def _listed(entry: str) -> str:
+    why = "It must have no path."
     try:
         found = parts(entry)
-    except errors.ReceiverRefusedError as exc:
-        raise _no_origin(entry) from exc
-    if found.target:
-        raise _no_origin(entry)
-    return found.origin
+        if not found.target:
+            return found.origin
+    except errors.Refusal as exc:
+        why = exc.detail
+    shown = re.sub(r"//.*@", "//***@", entry)
+    raise ValueError(f"{shown!r}: expected an origin such as https://example.com:8443. {why}")
 
 
-def _no_origin(entry: str) -> ValueError:
-    return ValueError(f"{entry!r}: expected an origin such as https://example.com:8443, or *")
-
-
-def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    if ip in _NAT64:
-        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.ipv4_mapped or ip.sixtofour
+def _refused(detail: str) -> errors.Refusal:
+    return errors.Refusal(422, "Receiver refused", detail)

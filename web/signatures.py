@@ -1,19 +1,22 @@
-"""Signatures of the Standard Webhooks kind: making them, and checking them without ever failing.
+"""Signatures of the Standard Webhooks kind: making them, verifying them, and the secrets for them.
 
-Signed is `id.timestamp.body`, the raw bytes; never a document that was parsed and written again.
-The library's own `verify` raises errors of many kinds for garbage and its `sign` needs text, so
-only its HMAC is used.
+What is signed is `id.timestamp.body`, the raw bytes, never a document that was parsed and written
+again. `python -m web.signatures <origin>` prints the secret of a receiver.
 """
 
 import base64
+import hashlib
 import hmac
+import itertools
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-
-from standardwebhooks.webhooks import hmac_data
+from pathlib import Path
 
 from jobs import errors
+from web import outbound
 
 #: How far a timestamp may be off, in seconds, either way.
 TOLERANCE_SECONDS = 300
@@ -26,24 +29,39 @@ _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
 def read_secrets(text: str) -> tuple[str, ...]:
-    """Return the secrets of a text, separated by blanks, each fit to sign with.
+    """Return the secrets in a text, separated by spaces.
 
     Raises:
-        ValueError: One is not; the message says what would be right and keeps it to itself.
+        ValueError: One is not fit to sign with. The message does not contain it.
     """
     secrets = tuple(text.split())
-    if (text and not secrets) or not all(map(_is_fit, secrets)):
+    try:
+        is_fit = all(one.startswith(_PREFIX) and 24 <= len(_key(one)) <= 64 for one in secrets)
+    except ValueError:
+        is_fit = False
+    if not is_fit or (text and not secrets):
         raise ValueError("expected whsec_ followed by the base64 of 24 to 64 random bytes")
     return secrets
+
+
+def secret_for(secret: str, origin: str) -> str:
+    """Return the secret that is shared with one receiver only, derived from ours.
+
+    Args:
+        secret: As `read_secrets` returns it.
+        origin: As `outbound.Parts.origin` writes it.
+    """
+    digest = hmac.digest(_key(secret), origin.encode(), hashlib.sha256)
+    return _PREFIX + base64.b64encode(digest).decode()
 
 
 def sign(secrets: Sequence[str], *, webhook_id: str, timestamp: datetime, body: bytes) -> str:
     """Return the value of `webhook-signature`: one signature for each secret.
 
     Args:
-        secrets: As `read_secrets` returns them; more than one while they are rotated.
+        secrets: As `read_secrets` returns them. More than one while they are rotated.
         webhook_id: Contains no ".".
-        timestamp: An aware instant; whole seconds of it are signed.
+        timestamp: An aware instant, of which the whole seconds are signed.
         body: What is sent, byte for byte.
     """
     seconds = str(int(timestamp.timestamp()))
@@ -53,53 +71,66 @@ def sign(secrets: Sequence[str], *, webhook_id: str, timestamp: datetime, body: 
 def verify(
     secrets: Sequence[str], headers: Mapping[str, str], body: bytes, *, now: datetime
 ) -> None:
-    """Accept a body that one of the secrets has signed; headers full of garbage are no exception.
+    """Accept a body that was signed with one of the secrets. Headers may contain any text.
 
     Args:
-        secrets: One match is enough; without a secret nothing is accepted.
-        headers: Their names in lower case.
+        secrets: One match is enough. Without a secret nothing is accepted.
+        headers: Their names are in lower case.
         body: What was received, byte for byte.
-        now: An aware instant, to judge the timestamp by.
+        now: An aware instant, to compare the timestamp with.
 
     Raises:
-        UnauthorizedError: The id or the signature is missing, or no signature fits.
-        MalformedError: The timestamp is no number of seconds, or is off by more than the tolerance.
+        Refusal: 401 if the id or the signature is missing, or if no signature is right. 400 if the
+            timestamp is not a number of seconds, or too far off.
     """
     webhook_id = headers.get("webhook-id", "")
     given = headers.get("webhook-signature", "")
     if not webhook_id or not given:
-        raise errors.UnauthorizedError("The headers webhook-id and webhook-signature are needed.")
-    seconds = _fresh(headers.get("webhook-timestamp", ""), now)
-    expected = [_signature(secret, webhook_id, seconds, body).encode() for secret in secrets]
-    if not any(_matches(one, expected) for one in given.split(" ")):
-        raise errors.UnauthorizedError("webhook-signature does not fit the body and the secret.")
-
-
-def _is_fit(secret: str) -> bool:
-    try:
-        key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
-    except ValueError:
-        return False
-    return secret.startswith(_PREFIX) and 24 <= len(key) <= 64
-
-
-def _fresh(seconds: str, now: datetime) -> str:
+        raise _refused(401, "The headers webhook-id and webhook-signature are needed.")
+    seconds = headers.get("webhook-timestamp", "")
     if not _TIMESTAMP.fullmatch(seconds):
-        raise errors.MalformedError("webhook-timestamp must be a whole number of Unix seconds.")
+        raise _refused(400, "webhook-timestamp must be a whole number of Unix seconds.")
     if abs(now.timestamp() - int(seconds)) > TOLERANCE_SECONDS:
-        raise errors.MalformedError(
-            f"webhook-timestamp is more than {TOLERANCE_SECONDS} s off; send it with a new one."
-        )
-    return seconds
-
-
-def _matches(given: str, expected: Sequence[bytes]) -> bool:
+        limit = f"more than {TOLERANCE_SECONDS} s off"
+        raise _refused(400, f"webhook-timestamp is {limit}. Sign with the current time.")
     # As bytes: compare_digest refuses text that is not ASCII.
-    candidate = given.encode("utf-8", "surrogatepass")
-    return any(hmac.compare_digest(candidate, one) for one in expected)
+    candidates = given.encode("utf-8", "surrogatepass").split(b" ")
+    expected = [_signature(secret, webhook_id, seconds, body).encode() for secret in secrets]
+    if not any(hmac.compare_digest(*pair) for pair in itertools.product(candidates, expected)):
+        raise _refused(401, "webhook-signature does not fit the body and the secret.")
+
+
+def main() -> None:
+    """Print the secrets of the receiver whose origin is the only argument, one a line."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: ./run secret <origin>, such as https://example.com:8443")
+    path = os.environ.get("POSTBACK_SECRET_FILE")
+    try:
+        origin = outbound.parts(sys.argv[1]).origin
+        text = Path(path).read_text("utf-8") if path else os.environ.get("POSTBACK_SECRET", "")
+        secrets = read_secrets(text)
+    except (errors.Refusal, OSError, ValueError) as exc:
+        sys.exit(f"No secret: {exc}")
+    if not secrets:
+        sys.exit("Set POSTBACK_SECRET or POSTBACK_SECRET_FILE to the same value as the service.")
+    print(f"Used where a caller names {origin} in postback_url:", file=sys.stderr)
+    print(*(secret_for(secret, origin) for secret in secrets), sep="\n")
+
+
+def _key(secret: str) -> bytes:
+    return base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
 
 
 def _signature(secret: str, webhook_id: str, seconds: str, body: bytes) -> str:
-    key = base64.b64decode(secret.removeprefix(_PREFIX))
     signed = b".".join((webhook_id.encode("utf-8", "surrogatepass"), seconds.encode(), body))
-    return "v1," + base64.b64encode(hmac_data(key, signed)).decode()
+    digest = hmac.digest(_key(secret), signed, hashlib.sha256)
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def _refused(status_code: int, detail: str) -> errors.Refusal:
+    title = "Unauthorized" if status_code == 401 else "Invalid request"
+    return errors.Refusal(status_code, title, detail)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
-// Receive postbacks with the npm package standardwebhooks: verify, drop what came before, answer.
+// Receive postbacks: verify, drop duplicates, answer.
 import { createServer } from "node:http";
 import { Webhook } from "standardwebhooks";
 
 const webhook = new Webhook(process.env.POSTBACK_SECRET);
-const seen = new Set(); // better: a table whose key is the webhook-id
+const seen = new Set(); // in production: a table with the webhook-id as its key
 
 async function take(request, response) {
   const chunks = [];

@@ -1,4 +1,4 @@
-"""Receive postbacks: verify, drop what came before, store, and only then answer."""
+"""Receive postbacks: verify, drop duplicates, store, and answer after that."""
 
 import os
 import sqlite3
@@ -12,13 +12,13 @@ received.execute("CREATE TABLE IF NOT EXISTS received (id TEXT PRIMARY KEY, body
 
 
 def results() -> bottle.HTTPResponse:
-    """Take one event in."""
+    """Receive one event."""
     body = bottle.request.body.read()
     try:
         event = webhook.verify(body, dict(bottle.request.headers))
     except (standardwebhooks.WebhookVerificationError, ValueError):  # garbage is a ValueError
         return bottle.HTTPResponse(status=401)
-    with received:  # the id is the same whenever the same event comes
+    with received:  # the same event always has the same id
         row = (bottle.request.headers["webhook-id"], body.decode())
         is_new = received.execute("INSERT OR IGNORE INTO received VALUES (?, ?)", row).rowcount
     if is_new:

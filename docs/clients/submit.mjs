@@ -1,4 +1,4 @@
-// Send a payload, and print what was answered. usage: node submit.mjs '{"data": [3, 1, 4]}'
+// Send a payload, and print the id of its job. usage: node submit.mjs '{"data": [3, 1, 4]}'
 import { randomUUID } from "node:crypto";
 
 const url = process.env.POSTBACK ?? "http://127.0.0.1:8080";
@@ -7,7 +7,7 @@ const answer = await fetch(`${url}/process`, {
   headers: {
     "Content-Type": "application/json",
     Authorization: `Bearer ${process.env.API_TOKEN ?? ""}`,
-    "Idempotency-Key": randomUUID(), // the same one when you send it again
+    "Idempotency-Key": randomUUID(), // the same one if you send it again
   },
   body: process.argv[2],
   signal: AbortSignal.timeout(10_000),

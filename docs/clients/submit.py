@@ -1,4 +1,4 @@
-"""Send a payload, and print what was answered. usage: submit.py '{"data": [3, 1, 4]}'."""
+"""Send a payload, and print the id of its job. usage: submit.py '{"data": [3, 1, 4]}'."""
 
 import json
 import os
@@ -13,7 +13,7 @@ answer = requests.post(
     json=payload,
     headers={
         "Authorization": f"Bearer {os.environ.get('API_TOKEN', '')}",
-        "Idempotency-Key": str(uuid.uuid4()),  # the same one when you send it again
+        "Idempotency-Key": str(uuid.uuid4()),  # the same one if you send it again
     },
     timeout=10,
 )

@@ -1,10 +1,9 @@
 #!/bin/sh
-# Send a payload, and wait for its end. usage: submit.sh '{"data": [3, 1, 4]}'
+# Send a payload, and wait until its job has ended. usage: submit.sh '{"data": [3, 1, 4]}'
 set -eu
 url=${POSTBACK:-http://127.0.0.1:8080}
 
-# An answer that refuses is a failure that says why. With the same Idempotency-Key it is safe to
-# repeat.
+# A refusal is printed. After a timeout it is safe to repeat with the same Idempotency-Key.
 answer=$(curl --fail-with-body -sS "$url/process" -H "Authorization: Bearer ${API_TOKEN-}" \
     -H 'Content-Type: application/json' -H "Idempotency-Key: ${KEY:-$(date +%s)-$$}" -d "$1") || {
     printf '%s\n' "$answer" >&2
