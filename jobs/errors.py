@@ -1,34 +1,54 @@
-"""The tree of errors: everything the service refuses or gives up, with its facts as attributes.
+"""The few kinds of error that somebody catches by name.
 
-    errors.Error
-    ├── ConfigError              a start that is refused; one line for each problem
-    ├── RequestError             what the caller sent cannot be accepted; sending it again is no use
-    │   ├── MalformedError           the body or a header breaks a rule
-    │   ├── LengthRequiredError      no length was given
-    │   ├── TooLargeError            the body is over MAX_BODY
-    │   ├── MediaTypeError           the body is not application/json
-    │   ├── UnauthorizedError        the token is missing or wrong
-    │   ├── KeyReusedError           an Idempotency-Key came with another body
-    │   └── ReceiverRefusedError     a postback URL, or the address behind it, is not allowed
-    ├── UnavailableError         try again later; nothing was accepted
-    │   ├── FullError                MAX_PENDING jobs are waiting
-    │   ├── DrainingError            the service is about to stop
-    │   └── JournalError             the journal cannot be written or read now
-    │       └── JournalLostError         it can no longer be trusted: the process must end
-    ├── JobNotFoundError         no job has this id
-    └── MoveError                the job's state does not allow the move
-
-`web/server.py` holds the one table from these to HTTP status codes.
+Refusal               a request that is not carried out: a status code, a title and a detail
+├── MoveError         the job's state does not allow what was asked (409)
+└── JournalError      the journal cannot be read or written now (503)
+    └── JournalLost   it can no longer be trusted, so the process must end
+ConfigError           a start that is refused: one line for each problem
 """
 
 from collections.abc import Sequence
 
 
-class Error(Exception):
-    """Everything that Postback itself raises."""
+class Refusal(Exception):  # noqa: N818 - a refusal is an answer
+    """A request that is not carried out.
+
+    Attributes:
+        status_code: The HTTP status of the answer.
+        title: What kind of refusal it is, in a few words. The metrics count by it.
+        detail: What was wrong, and what would have been right.
+        retry_after_seconds: When the same request may succeed; None when it never will.
+    """
+
+    def __init__(
+        self, status_code: int, title: str, detail: str, *, retry_after_seconds: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status_code = status_code
+        self.title = title
+        self.detail = detail
+        self.retry_after_seconds = retry_after_seconds
 
 
-class ConfigError(Error):
+class MoveError(Refusal):
+    """The job's state does not allow the move. Nothing was changed."""
+
+    def __init__(self, job_id: str, *, state: str, wanted: str) -> None:
+        super().__init__(409, "Wrong state", f"Job {job_id} is {state}, so it cannot be {wanted}.")
+
+
+class JournalError(Refusal):
+    """The journal cannot be read or written now. Nothing was committed."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(503, "Journal failing", detail, retry_after_seconds=5)
+
+
+class JournalLost(JournalError):  # noqa: N818 - as above
+    """The journal can no longer be trusted. The process must end; a restart reads the disk."""
+
+
+class ConfigError(Exception):
     """The service cannot start as it is configured.
 
     Attributes:
@@ -38,87 +58,3 @@ class ConfigError(Error):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
-
-
-class RequestError(Error):
-    """What was sent cannot be accepted; the message tells the caller what to do."""
-
-
-class MalformedError(RequestError):
-    """The body or a header breaks a rule."""
-
-
-class LengthRequiredError(RequestError):
-    """The body has no length that can be known before it is read."""
-
-
-class TooLargeError(RequestError):
-    """The body is larger than is allowed."""
-
-
-class MediaTypeError(RequestError):
-    """The body is not application/json, or is encoded."""
-
-
-class UnauthorizedError(RequestError):
-    """The token or the signature is missing or wrong."""
-
-
-class KeyReusedError(RequestError):
-    """An Idempotency-Key came again with another body."""
-
-
-class ReceiverRefusedError(RequestError):
-    """A postback URL, or the address behind it, is not allowed."""
-
-
-class UnavailableError(Error):
-    """Nothing was accepted; the same request may be sent again later.
-
-    Attributes:
-        retry_after_seconds: When another try makes sense, in whole seconds.
-    """
-
-    retry_after_seconds = 5
-
-
-class FullError(UnavailableError):
-    """As many jobs are waiting as MAX_PENDING allows."""
-
-
-class DrainingError(UnavailableError):
-    """The service is about to stop."""
-
-
-class JournalError(UnavailableError):
-    """The journal cannot be written or read now; it may recover by itself."""
-
-
-class JournalLostError(JournalError):
-    """The journal can no longer be trusted: the process must end, and a restart reads the disk."""
-
-
-class JobNotFoundError(Error):
-    """No job has this id; finished jobs are removed after RETENTION."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(
-            f"No job has the id {job_id[:64]!r}. Finished jobs are removed after RETENTION."
-        )
-        self.job_id = job_id
-
-
-class MoveError(Error):
-    """The job's state does not allow the move.
-
-    Attributes:
-        job_id: The job.
-        state: Where it stands.
-        wanted: What was to be done with it.
-    """
-
-    def __init__(self, job_id: str, *, state: str, wanted: str) -> None:
-        super().__init__(f"Job {job_id} is {state}; it cannot be {wanted}.")
-        self.job_id = job_id
-        self.state = state
-        self.wanted = wanted

@@ -1,86 +1,83 @@
-"""One daemon thread a job, a bounded number of analyses at once; an orderly stop.
+"""What happens between the 200 and the postback: one daemon thread a job, and one scheduler.
 
-Knows who does what when. A job is begun as it is accepted if there is a place, and else waits in
-the journal, until a thread claims it. Its thread runs the analysis, stores the event, gives up the
-place, and makes the first attempt. One scheduler thread ends what takes too long, starts the
-attempts that are due (`jobs/attempts.py`), and prunes.
+The scheduler thread claims accepted jobs while the executor has a free worker and fewer than
+MAX_RUNNING analyses run, and starts a thread for each. A job's thread has the analysis run, stores
+the event, gives up its place, makes the first attempt, and ends. The scheduler also starts the
+attempts that are due, times out, and prunes. It is the only thread that claims.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any, TypeVar
 
-from jobs import cores, errors, model, waiting
-from jobs.analysis import Progress
-from jobs.attempts import Attempts, Postback
-from jobs.executors import Executor
-from jobs.journal import Journal
+from config import Config
+from jobs import model
+from jobs.dask_executor import DaskExecutor
+from jobs.errors import JournalError, JournalLost, MoveError, Refusal
+from jobs.executor import Listener, WorkerExecutor
+from jobs.journal import Claimed, Journal
 from jobs.model import Outcome, State
-from jobs.threads import Threads
-from jobs.waiting import Alarm
+from postback import Sender
+from web.metrics import Metrics
 
-#: Jobs removed in one commit, so that nobody waits long for it.
-PRUNE_BATCH = 100
+#: Attempts at once: in all, to one receiver, and to one whose last attempt failed.
+MAX_ATTEMPTS = 512
+MAX_PER_RECEIVER = 128
+MAX_PER_FAILING_RECEIVER = 4
 
-#: Seconds between two commits that prune, while there is more.
-PRUNE_PAUSE_SECONDS = 0.05
+#: Jobs at once that run alone because they shared a worker that died.
+MAX_ALONE = 4
+
+#: Seconds until something is tried again that failed: a write, or a thread that did not start.
+RETRY_SECONDS = 1.0
+
+#: Accepting pauses while more jobs than this are behind: for ten times as long as the scheduler had
+#: to wait for its turn, and at most for so many seconds.
+MAX_BEHIND = 16
+PAUSE_FACTOR = 10
+MAX_PAUSE_SECONDS = 0.1
+
+#: The scheduler looks at the journal and at idle connections at least once in so many seconds.
+TICK_SECONDS = 1.0
+
+#: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
+BATCH = 500
+BATCH_PAUSE_SECONDS = 0.05
 
 #: Seconds between two looks for jobs to prune, when there was none.
 PRUNE_SECONDS = 60.0
 
 log = logging.getLogger("postback")
 
-
-class Observer:
-    """Is told what happened, after it did. This one takes no notice; none may raise or wait."""
-
-    def accepted(self, job: model.Job) -> None:
-        """Hear of a job that was committed."""
-
-    def finished(self, job: model.Job) -> None:
-        """Hear of a job whose analysis ended: its outcome is stored."""
-
-    def attempted(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
-        """Hear of an attempt, and of the state its job has now."""
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much the runner does at once, and for how long.
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One job that a thread works for.
 
     Attributes:
-        max_running: Analyses at once.
-        max_pending: Accepted jobs that wait for their analysis.
-        job_timeout_seconds: None for no limit.
-        retention_seconds: How long an ended job is kept.
-        max_event_bytes: A larger event is posted without its result.
+        is_posting: It makes an attempt; else it holds one of MAX_RUNNING places.
+        outcome: None until its analysis has ended, here or from outside.
+        started_at: When its analysis began; None until the worker has said so.
+        times_out_at: By the monotonic clock; infinite until its analysis has begun.
+        progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
     """
 
-    max_running: int
-    max_pending: int
-    job_timeout_seconds: float | None
-    retention_seconds: float
-    max_event_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drained:
-    """What an orderly stop leaves behind.
-
-    Attributes:
-        finished: Jobs that ended while the service stopped.
-        waiting: Jobs that the next start takes up.
-    """
-
-    finished: int
-    waiting: int
+    job: model.Job
+    is_posting: bool = False
+    outcome: Outcome | None = None
+    started_at: datetime | None = None
+    times_out_at: float = math.inf
+    progress: Mapping[str, Any] | None = None
 
 
 class Runner:
@@ -92,461 +89,584 @@ class Runner:
     def __init__(
         self,
         *,
+        config: Config,
+        max_running: int,
         journal: Journal,
-        executor: Executor,
-        postback: Postback,
-        limits: Limits,
-        result_url: Callable[[str], str],
-        observer: Observer | None = None,
+        executor: WorkerExecutor | DaskExecutor,
+        sender: Sender,
+        metrics: Metrics,
+        job_url: Callable[[str], str],
         clock: Callable[[], datetime] = model.utc_now,
     ) -> None:
+        self._config = config
+        self._max_running = max_running
         self._journal = journal
         self._executor = executor
-        self._limits = limits
-        self._result_url = result_url
-        self._observer = observer or Observer()
+        self._sender = sender
+        self._metrics = metrics
+        self._job_url = job_url
         self._clock = clock
-        self._threads = Threads()
-        self._alarm = Alarm()  # of the scheduler
         self._stopped = threading.Event()
-        self._attempts = Attempts(
-            journal=journal,
-            postback=postback,
-            threads=self._threads,
-            alarm=self._alarm,
-            stopped=self._stopped,
-            clock=clock,
-            on_attempt=self._observer.attempted,
-            on_left=self._look_if_idle,
-        )
-        self._of_thread = threading.local()  # jobs that a thread has accepted, and not started yet
-        self._lock = threading.Lock()  # guards what follows, for a few lines at a time
-        self._idle = threading.Condition(self._lock)
-        self._accepting = 0  # jobs that are being committed
-        self._waiting = 0  # jobs in the journal that need a thread
-        self._starting = 0  # threads that have not begun their job yet
-        self._running: dict[str, float] = {}  # job id: when it times out (monotonic)
-        self._progress: dict[str, Progress] = {}  # of those that told any
-        self._outlived: set[str] = set()  # ended by others; their threads have not come back yet
-        self._suspects: deque[model.Job] = deque()  # not begun again yet
-        self._alone: set[str] = set()  # suspects whose analysis has not ended
-        self._draining = False
-        self._prune_at = 0.0  # monotonic
+        # A job is in `_runs` exactly while a thread works for it; the lock guards all below.
+        self._changed = threading.Condition(threading.Lock())
+        self._runs: dict[str, Run] = {}
+        self._waiting = 0  # accepted jobs that may start and have no thread
+        self._failing: set[str] = set()  # receivers whose last attempt failed
+        self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
+        self._is_crowded = False  # a due attempt waits until another one ends
+        self._is_woken = False
+        self._woken_at = 0.0  # by the monotonic clock
+        self._lag_seconds = 0.0  # how long the scheduler had to wait for its turn when last woken
+        self._is_draining = False
+        # When the scheduler looks for each kind of work, by the monotonic clock.
+        self._attempts_at = self._starts_at = self._prune_at = self._count_at = 0.0
+        self._times_out_at = math.inf
         self._scheduler = threading.Thread(target=self._schedule, name="scheduler", daemon=True)
 
     # What the service asks for
 
     def start(self) -> None:
-        """Take up what is unfinished, suspects first and alone, and begin to work."""
-        self._attempts.advance()
-        suspects, count = self._journal.resume(now=self._clock())
-        for job in suspects:
-            if job.starts < model.MAX_STARTS:
-                self._suspects.append(job)
-            else:
-                message = f"The process ended {job.starts} times while it ran."
-                self._end(job, model.crashed(message), due_now=True)
-        self._alone = {job.id for job in self._suspects}
-        self._waiting = count + len(self._suspects)
-        if suspects or count:
-            log.info("jobs resumed", extra={"waiting": count, "suspects": len(suspects)})
-        self._scheduler.start()  # whose first round starts what waits
+        """Resume what is unfinished, and begin to work."""
+        now = self._clock()
+        crashed, self._waiting = self._journal.resume(now=now, latest=self._latest(now))
+        for job in crashed:
+            text = f"The service ended {job.interrupted} times while the analysis ran."
+            self._end_from_outside(job, model.crashed(text), source=State.RUNNING)
+        if crashed or self._waiting:
+            log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
+        name, before = self._config.analysis, self._journal.set_analysis(self._config.analysis)
+        if self._waiting and before not in (None, name):
+            facts = {"before": before, "now": name, "waiting": self._waiting}
+            log.warning("analysis changed", extra=facts)
+        self._scheduler.start()
 
     def accept(
-        self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str
+        self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str | None
     ) -> str:
-        """Commit a job, and return its id. It is durable once the journal is settled.
+        """Store a job, and return its id. It is durable when the open transaction is committed.
+
+        Call `wake` after the answer has left.
 
         Returns:
             The id of the first job, when one was accepted with the same key.
 
         Raises:
-            KeyReusedError: The key came with another body.
-            UnavailableError: Full, draining, or the journal fails; nothing was accepted.
+            Refusal: The key came with another body (422); the queue is full, the service stops, or
+                the journal fails (503). Nothing was accepted.
         """
-        if idempotency_key:
-            first = self._journal.accepted_before(idempotency_key, body_sha256=body_sha256)
-            if first:
-                return first
-        if begins := self._admit():
-            job = model.begun(job, now=self._clock())
-        accepted = ""
-        try:
-            accepted = self._journal.accept(
+        with self._journal.transaction(durable=True):
+            if idempotency_key:
+                first = self._journal.accepted_before(idempotency_key, body_sha256=body_sha256)
+                if first:
+                    return first
+            self._refuse()
+            self._journal.accept(
                 job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
             )
-        finally:
-            self._admitted(job, body, begins=begins, accepted=accepted == job.id)
-        if accepted == job.id:
-            log.info("job accepted", extra=job.facts)
-            self._observer.accepted(job)
-        return accepted
+            with self._changed:
+                self._waiting += 1
+        return job.id
 
-    def start_accepted(self) -> None:
-        """Start the jobs that this thread has accepted; call it once they are answered.
+    def wake(self) -> None:
+        """Have the scheduler look for jobs that may start."""
+        with self._changed:
+            self._wake()
 
-        Not before: their threads would hold up the answers.
+    def pause_seconds(self) -> float:
+        """Return how long accepting should pause, so that delivering keeps up with it.
+
+        That is when more than MAX_BEHIND jobs wait for nothing but the processor: they are posted,
+        or could start, and the scheduler itself has to wait for its turn.
         """
-        begun: list[tuple[model.Job, bytes]] = vars(self._of_thread).pop("begun", [])
-        for job, body in begun:
-            self._start_begun(job, body)
-        self._start_waiting()
+        with self._changed:
+            behind = self._count(is_posting=True)
+            if self._count(is_posting=False) < self._max_running:
+                behind += self._waiting
+        return min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS) * (behind > MAX_BEHIND)
 
     def cancel(self, job_id: str) -> None:
-        """End a job with the outcome `canceled`.
+        """End a job with the outcome `canceled`. It is durable when this returns.
 
         Raises:
-            JobNotFoundError: There is none.
             MoveError: Its analysis has ended already.
+            Refusal: There is no such job (404).
         """
-        try:
-            job = self._journal.job(job_id)
-            self._end(job, model.canceled(), due_now=True, source=State.ACCEPTED)
-        except errors.MoveError:
-            self._overtake(self._journal.job(job_id), model.canceled())
-        else:
-            self._count_waiting(-1)
-            self._alarm.ring()
+        job, error = self._journal.job(job_id), None
+        for source in (State.ACCEPTED, State.RUNNING, State.ACCEPTED):  # it may move meanwhile
+            try:
+                self._end_from_outside(job, model.canceled(), source=source, durable=True)
+            except MoveError as exc:
+                error = exc
+                continue
+            with self._changed:
+                self._waiting -= source is State.ACCEPTED and job.next_start_at is None
+            return
+        raise error or AssertionError
 
     def resend(self, job_id: str) -> None:
         """Post an ended job's event again, under the same webhook-id.
 
         Raises:
-            JobNotFoundError: There is none.
             MoveError: It has not ended.
+            Refusal: There is no such job (404).
         """
         self._journal.resend(job_id, now=self._clock())
-        self._alarm.ring()
+        self._look_for_attempts(0.0)
 
-    def progress(self, job_id: str) -> Progress | None:
-        """Return what a running analysis last said of itself, if it did."""
-        return self._progress.get(job_id)
+    def resend_undelivered(self, since: datetime) -> int:
+        """Post the events of all undelivered jobs that ended from `since` on; return how many."""
+        now, resent = self._clock(), 0
+        while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
+            resent += count
+            self._look_for_attempts(0.0)
+            if self._stopped.wait(BATCH_PAUSE_SECONDS):
+                break
+        return resent
 
-    @property
-    def outlived(self) -> int:
-        """How many threads still run an analysis that has timed out or was canceled."""
-        return len(self._outlived)
+    def run_of(self, job_id: str) -> Run | None:
+        """Return what a thread does for this job now, if one does."""
+        return self._runs.get(job_id)
 
-    def refusal(self) -> errors.UnavailableError | None:
-        """Return why no job can be accepted now; None when one can."""
-        with self._lock:
-            if self._journal.failure:
-                self._try_again()  # have it probed
-            return self._refusal() or self._journal.failure
+    def refuse_unready(self) -> None:
+        """Return when a job can be accepted now and can start.
 
-    def standstill(self) -> errors.UnavailableError | None:
-        """Return why accepted jobs only wait; None when their analyses can run."""
-        if failure := self._executor.failure():
-            return errors.UnavailableError(f"{failure} Jobs are accepted, and wait.")
-        return None
+        Raises:
+            Refusal: Why not (503).
+        """
+        self._refuse()
+        if failure := self._journal.failure:
+            raise failure
+        if text := self._executor.failure():
+            raise _unavailable("No worker", f"{text} Jobs are accepted, and wait.")
 
-    def drain(self, seconds: float) -> Drained:
-        """Stop: begin nothing more, let what runs end, leave the rest in the journal.
+    def drain(self, seconds: float) -> int:
+        """Stop: start nothing more, let what runs end, leave the rest in the journal.
 
         Args:
             seconds: How long to wait for what is under way.
+
+        Returns:
+            How many jobs wait for the next start.
         """
-        with self._lock:
-            self._draining = True
-            self._attempts.drain()
-            before = self._attempts.finished
-            self._idle.wait_for(self._is_idle, timeout=seconds)
-            cut = list(self._running)
+        self._executor.drain()  # at once: whoever stops the service may have ended the workers, too
+        with contextlib.suppress(JournalError):  # it was logged; what runs may still end
+            self._journal.plan_stop()  # before all else, because a kill may follow
+        with self._changed:
+            self._is_draining = True
+            self._changed.wait_for(lambda: not self._runs, timeout=seconds)
         self._stopped.set()
-        self._alarm.ring()
-        self._scheduler.join(waiting.RETRY_SECONDS)
-        self._threads.close()
-        self._journal.put_back(cut)
-        return Drained(
-            finished=self._attempts.finished - before, waiting=self._journal.count_unfinished()
+        self.wake()
+        if self._scheduler.is_alive():
+            self._scheduler.join(RETRY_SECONDS)
+        self._journal.put_back()
+        return self._journal.count_unfinished()
+
+    def _refuse(self) -> None:
+        limit = self._config.max_pending
+        with self._changed:
+            free = max(0, self._max_running - self._count(is_posting=False))
+            is_full = self._waiting >= limit + free
+        if self._is_draining:
+            raise _unavailable("Stopping", "The service is stopping: send it again later.")
+        if is_full:
+            text = f"{limit} jobs are waiting, which is MAX_PENDING: send it again later."
+            raise _unavailable("Queue full", text)
+
+    def _count(self, *, is_posting: bool, receiver: str | None = None) -> int:
+        return sum(
+            run.is_posting is is_posting and (receiver is None or run.job.receiver == receiver)
+            for run in self._runs.values()
         )
-
-    # Accept
-
-    def _refusal(self) -> errors.UnavailableError | None:
-        if self._draining:
-            return errors.DrainingError("The service is stopping: send it again later.")
-        if self._waiting >= self._limits.max_pending:
-            return errors.FullError(
-                f"{self._waiting} jobs wait already, MAX_PENDING is {self._limits.max_pending}: "
-                "send it again later."
-            )
-        return None
-
-    def _admit(self) -> bool:
-        """Make room for a job that is about to be accepted; return whether it can begin at once."""
-        with self._lock:
-            if refusal := self._refusal():
-                raise refusal
-            begins = not self._waiting and self._has_place()
-            self._accepting += 1
-            self._starting += begins
-            self._waiting += not begins
-            return begins
-
-    def _admitted(self, job: model.Job, body: bytes, *, begins: bool, accepted: bool) -> None:
-        with self._lock:
-            self._accepting -= 1
-            self._starting -= begins
-            if begins and accepted:
-                self._note_running(job.id)
-                vars(self._of_thread).setdefault("begun", []).append((job, body))
-            elif not accepted:  # refused, or another was first with this key
-                self._waiting -= not begins
-            self._notify_if_idle()
-
-    def _start_begun(self, job: model.Job, body: bytes) -> None:
-        if self._stopped.is_set():  # it is put back
-            return
-        if self._threads.start(job.id, self._work_on, job, body):
-            return
-        returned = 0
-        with contextlib.suppress(errors.JournalError):  # the process is about to end
-            returned = waiting.insist(lambda: self._journal.put_back([job.id]), self._stopped)
-        with self._lock:  # it waits in the journal, as if it had not begun
-            del self._running[job.id]
-            self._outlived.discard(job.id)
-            self._waiting += returned
-            self._notify_if_idle()
-        self._try_again()
-
-    def _count_waiting(self, change: int) -> None:
-        with self._lock:
-            self._waiting += change
-
-    # A job's thread
-
-    def _start_waiting(self) -> None:
-        """Start a thread for each waiting job that there is a place for."""
-        while self._take_place():
-            if not self._threads.start("job", self._work):  # the job waits in the journal
-                with self._lock:
-                    self._starting -= 1
-                    self._notify_if_idle()
-                self._try_again()
-                return
-
-    def _take_place(self) -> bool:
-        with self._lock:
-            free = self._waiting > self._starting and self._has_place() and not self._draining
-            self._starting += free
-            return free
-
-    def _has_place(self) -> bool:
-        """Tell whether one more analysis may run. The lock is held."""
-        places = 1 if self._alone else self._limits.max_running
-        running = self._alone & self._running.keys() if self._alone else self._running
-        return self._starting + len(running) < places
-
-    def _work(self) -> None:
-        """Begin the next job, and take it to its first attempt."""
-        begun = self._begin()
-        if begun is None:  # it was canceled in the meantime
-            self._start_waiting()
-            return
-        job, body = begun
-        threading.current_thread().name = job.id
-        self._work_on(job, body)
-
-    def _work_on(self, job: model.Job, body: bytes) -> None:
-        """Analyze, store the event, and make the first attempt."""
-        try:
-            job, event = self._analyze(job, body)
-        finally:
-            self._leave_place(job.id)
-        if event:
-            self._attempts.deliver(job, event)
-
-    def _begin(self) -> tuple[model.Job, bytes] | None:
-        """Begin the next job, a suspect first."""
-        with self._lock:
-            suspect = self._suspects.popleft() if self._suspects else None
-        begun = waiting.insist(lambda: self._begin_in_journal(suspect), self._stopped)
-        with self._lock:
-            self._starting -= 1
-            if begun or suspect:
-                self._waiting -= 1
-            if suspect and not begun:
-                self._alone.discard(suspect.id)
-                self._outlived.discard(suspect.id)
-            if begun:
-                self._note_running(begun[0].id)
-            self._notify_if_idle()
-        return begun
-
-    def _note_running(self, job_id: str) -> None:
-        """Keep a job that has begun in mind. The lock is held."""
-        self._running[job_id] = times_out_at = self._times_out_at()
-        self._alarm.ring_by(times_out_at)
-
-    def _begin_in_journal(self, suspect: model.Job | None) -> tuple[model.Job, bytes] | None:
-        if suspect:
-            return self._journal.begin_again(suspect.id, now=self._clock())
-        return self._journal.claim(now=self._clock())
-
-    def _times_out_at(self) -> float:
-        limit = self._limits.job_timeout_seconds
-        return math.inf if limit is None else time.monotonic() + limit
-
-    def _analyze(self, job: model.Job, body: bytes) -> tuple[model.Job, bytes | None]:
-        """Return the job as it ended, and its event if this thread is to post it."""
-        ending = self._executor.run(job.id, body, functools.partial(self._report, job.id))
-        taken = self._attempts.take(job.receiver)
-        try:
-            end = functools.partial(self._end, job, ending, due_now=not taken)
-            job, event = waiting.insist(end, self._stopped)
-        except errors.Error as exc:
-            if taken:
-                self._attempts.leave(job.receiver)
-            if not isinstance(exc, errors.MoveError | errors.JobNotFoundError):
-                raise
-            log.info("late result ignored", extra=job.facts)  # it was canceled, or timed out
-            return job, None
-        if not taken:  # a place may have come free before the attempt was due
-            self._alarm.ring()
-        return job, event.body if taken else None
-
-    def _report(self, job_id: str, progress: Progress) -> None:
-        with self._lock:
-            if job_id in self._running:  # a thread of the analysis may outlive it
-                self._progress[job_id] = progress
-
-    def _end(
-        self, job: model.Job, ending: model.Ending, *, due_now: bool, source: State = State.RUNNING
-    ) -> tuple[model.Job, model.Event]:
-        """Store how a job ended, and its event.
-
-        Raises:
-            MoveError: It is not in the state `source`; it ended in another way.
-        """
-        now = self._clock()
-        event = model.event_of(
-            job,
-            ending,
-            finished_at=now,
-            max_bytes=self._limits.max_event_bytes,
-            result_url=self._result_url(job.id),
-        )
-        due_at = now if due_now else None
-        self._journal.end(job, ending.outcome, event, finished_at=now, due_at=due_at, source=source)
-        job = job._replace(state=State.DELIVERING, outcome=ending.outcome, finished_at=now)
-        level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
-        log.log(level, "analysis ended", extra=job.facts | {"outcome": ending.outcome})
-        self._observer.finished(job)
-        return job, event
-
-    def _overtake(self, job: model.Job, ending: model.Ending) -> None:
-        """End a job that runs: what its thread still comes back with is ignored.
-
-        Raises:
-            MoveError: It does not run; it has ended in another way.
-        """
-        with self._lock:  # before the move, or its thread might come back in between
-            is_first = job.id not in self._outlived
-            self._outlived.add(job.id)
-        try:
-            self._end(job, ending, due_now=True)
-        except errors.Error:
-            with self._lock:
-                self._outlived -= {job.id} if is_first else set()
-            raise
-        if not self._executor.stop(job.id):
-            log.warning("thread outlived its job", extra=job.facts)
-        with self._lock:
-            self._forget_limit(job.id)
-            self._alone.discard(job.id)  # the others need not wait for its thread
-            self._notify_if_idle()
-        self._start_waiting()
-        self._alarm.ring()
-
-    def _leave_place(self, job_id: str) -> None:
-        with self._lock:
-            del self._running[job_id]
-            self._progress.pop(job_id, None)
-            self._outlived.discard(job_id)
-            self._alone.discard(job_id)
-            self._notify_if_idle()
-        self._start_waiting()
 
     # The scheduler's thread
 
+    def _wake(self) -> None:
+        if not self._is_woken:
+            self._is_woken, self._woken_at = True, time.monotonic()
+        self._changed.notify_all()
+
+    def _look_for_attempts(self, seconds: float) -> None:
+        """Have the scheduler look for due attempts after so many seconds."""
+        with self._changed:
+            at = time.monotonic() + seconds
+            if at < self._attempts_at:
+                self._attempts_at = at
+                self._wake()
+
     def _schedule(self) -> None:
-        cores.keep_to_one()
         while not self._stopped.is_set():
-            seconds = waiting.RETRY_SECONDS
             try:
-                seconds = self._round()
-            except errors.JournalError:
-                pass  # logged where it was seen
-            except Exception:
-                log.exception("scheduler failed")
-            self._alarm.sleep(seconds)
+                self._schedule_once()
+                self._wait()
+            except JournalLost:
+                return  # the process is about to end
+            except Exception as exc:
+                if not isinstance(exc, JournalError):  # which was logged where it was seen
+                    log.exception("scheduler failed")
+                self._attempts_at = 0.0  # what was looked for may still be due
+                self._stopped.wait(RETRY_SECONDS)
 
-    def _round(self) -> float:
-        """Do what is due, and return how many seconds there is nothing to do."""
-        if self._journal.failure:
+    def _wait(self) -> None:
+        times = (self._attempts_at, self._starts_at, self._prune_at, self._times_out_at)
+        with self._changed:
+            seconds = min(min(times) - time.monotonic(), TICK_SECONDS)
+            if self._changed.wait_for(lambda: self._is_woken, timeout=max(0.0, seconds)):
+                self._lag_seconds = time.monotonic() - self._woken_at
+            self._is_woken = False
+
+    def _schedule_once(self) -> None:
+        if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
-        self._start_waiting()
-        return min(
-            self._end_overdue(),
-            self._stop_outlived(),
-            self._attempts.start_due(),
-            self._prune(),
-        )
-
-    def _end_overdue(self) -> float:
-        """End the jobs that are over JOB_TIMEOUT; return the seconds until the next one is."""
+        self._sender.close_idle()
         now = time.monotonic()
-        with self._lock:
-            overdue = [job_id for job_id, at in self._running.items() if at <= now]
-        for job_id in overdue:
-            self._time_out(job_id)
-        with self._lock:
-            return min(self._running.values(), default=math.inf) - now
+        if now >= self._times_out_at:
+            self._time_out(now)
+        if self._is_draining:
+            return
+        if now >= self._starts_at:
+            self._release_due_starts()
+        self._start_accepted()
+        if now >= self._attempts_at:
+            self._start_attempts()
+        if now >= self._prune_at:
+            self._prune()
 
-    def _time_out(self, job_id: str) -> None:
-        ending = model.timed_out(self._limits.job_timeout_seconds or 0)
+    def _time_out(self, now: float) -> None:
+        """End every analysis whose time is over."""
+        with self._changed:
+            late = [run for run in self._runs.values() if run.times_out_at <= now]
+        for run in late:
+            ending = model.timed_out(self._config.job_timeout_seconds or 0)
+            try:
+                self._end_from_outside(run.job, ending, source=State.RUNNING)
+            except MoveError:
+                log.debug("analysis ended in time", extra=run.job.facts)
+            run.times_out_at = math.inf
+        with self._changed:
+            times = (run.times_out_at for run in self._runs.values())
+            self._times_out_at = min(times, default=math.inf)
+
+    def _release_due_starts(self) -> None:
+        now = self._clock()
+        released, next_at = self._journal.release_due_starts(now=now)
+        seconds = (next_at - now).total_seconds() if next_at else math.inf
+        with self._changed:
+            self._waiting += released
+            self._starts_at = time.monotonic() + min(max(seconds, 0.0), PRUNE_SECONDS)
+
+    def _start_accepted(self) -> None:
+        """Claim the jobs that there is a place for, and start a thread for each."""
+        with self._changed:
+            jobs = [run.job for run in self._runs.values() if not run.is_posting]
+        limit = min(self._max_running - len(jobs), self._executor.free())
+        if limit <= 0:
+            self._count_waiting()
+            return
+        shared = sum(job.alone == model.Alone.SHARED for job in jobs)
+        interrupted = any(job.alone == model.Alone.INTERRUPTED for job in jobs)
+        runs: dict[str, Run] = {}
         try:
-            self._overtake(self._journal.job(job_id), ending)
-        except errors.MoveError:  # it ended at the same moment
-            with self._lock:
-                self._forget_limit(job_id)
+            with self._journal.transaction():
+                claimed = self._journal.claim(
+                    now=self._clock(),
+                    limit=limit,
+                    max_shared=MAX_ALONE - shared,
+                    max_interrupted=0 if interrupted else 1,
+                )
+                runs = {one.job.id: Run(job=one.job) for one in claimed}
+                # When the claim comes back short, few or none wait, and to count them is cheap.
+                left = self._journal.count_waiting() if len(claimed) < limit else None
+                with self._changed:  # before the commit: a cancel may follow it at once
+                    self._runs |= runs
+                    self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
+        except JournalError:
+            for run in runs.values():
+                self._leave(run)
+            raise
+        for one in claimed:
+            self._start_thread(runs[one.job.id], self._work, one)
 
-    def _forget_limit(self, job_id: str) -> None:
-        if job_id in self._running:
-            self._running[job_id] = math.inf
+    def _count_waiting(self) -> None:
+        """Count anew, once in a while, which jobs wait: a commit that failed may have left some."""
+        if time.monotonic() < self._count_at:
+            return
+        self._count_at = time.monotonic() + TICK_SECONDS
+        with self._journal.transaction():
+            waiting = self._journal.count_waiting()
+            with self._changed:
+                self._waiting = waiting
 
-    def _stop_outlived(self) -> float:
-        """Stop again what could not be stopped yet; return the seconds until the next time."""
-        with self._lock:
-            outlived = list(self._outlived)
-        for job_id in outlived:
-            self._executor.stop(job_id)
-        return waiting.RETRY_SECONDS if outlived else math.inf
+    def _start_attempts(self) -> None:
+        """Start the attempts that are due, and find out when the next ones are."""
+        with self._changed:
+            self._attempts_at, self._is_crowded = math.inf, False
+        now, next_seconds = self._clock(), PRUNE_SECONDS
+        for receiver, due_at in self._journal.earliest_attempts():
+            seconds = max((due_at - now).total_seconds(), self._held_seconds(receiver))
+            if seconds > 0:
+                next_seconds = min(next_seconds, seconds)
+                continue
+            with self._changed:
+                room = self._room(receiver)
+            if room:
+                for job, event in self._journal.claim_due(receiver, now=now, limit=room):
+                    run = Run(job=job, is_posting=True, outcome=job.outcome)
+                    with self._changed:
+                        self._runs[job.id] = run
+                    self._start_thread(run, self._post, event)
+                next_seconds = 0.0  # there may be more
+        self._look_for_attempts(next_seconds)
 
-    def _prune(self) -> float:
-        """Remove some jobs that ended before RETENTION; return the seconds until the next look."""
-        if time.monotonic() >= self._prune_at:
-            before = self._clock() - timedelta(seconds=self._limits.retention_seconds)
-            more = self._journal.prune(before=before, limit=PRUNE_BATCH) >= PRUNE_BATCH
-            self._prune_at = time.monotonic() + (PRUNE_PAUSE_SECONDS if more else PRUNE_SECONDS)
-        return self._prune_at - time.monotonic()
+    def _held_seconds(self, receiver: str) -> float:
+        """Return for how long this receiver wants no attempt."""
+        return self._held.get(receiver, 0.0) - time.monotonic()
 
-    def _try_again(self) -> None:
-        """Have the scheduler do soon what has just failed."""
-        self._alarm.ring_by(time.monotonic() + waiting.RETRY_SECONDS)
+    def _room(self, receiver: str) -> int:
+        """Return how many more attempts may be made for this receiver now. The lock is held."""
+        failing = receiver in self._failing
+        limit = MAX_PER_FAILING_RECEIVER if failing else MAX_PER_RECEIVER
+        limit -= self._count(is_posting=True, receiver=receiver)
+        room = max(0, min(limit, MAX_ATTEMPTS - self._count(is_posting=True)))
+        self._is_crowded |= not room
+        return room
 
-    # The end of a drain
+    def _start_thread(
+        self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes
+    ) -> None:
+        """Start a thread that works for a job. If the system has none, the job waits a second."""
+        arguments = (run, work, given)
+        thread = threading.Thread(target=self._guard, args=arguments, name=run.job.id, daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as exc:  # can't start new thread
+            log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
+            self._leave(run)
+            if run.is_posting:
+                self._put_off(run)
+            else:
+                self._run_again(run, model.Again(pause_seconds=RETRY_SECONDS))
 
-    def _is_idle(self) -> bool:
-        # A job whose outcome is stored is not waited for, though its thread may go on.
-        busy = self._accepting or self._starting or self._attempts.are_under_way
-        return not busy and self._running.keys() <= self._outlived
+    def _prune(self) -> None:
+        now = self._clock()
+        keep = timedelta(seconds=self._config.retention_seconds)
+        schedule = timedelta(seconds=sum(self._config.postback_schedule_seconds))
+        removed = self._journal.prune(
+            before=now - keep, received_before=now - max(keep, schedule), limit=BATCH
+        )
+        if removed < BATCH:
+            self._journal.advance(latest=self._latest(now))
+        seconds = PRUNE_SECONDS if removed < BATCH else BATCH_PAUSE_SECONDS
+        self._prune_at = time.monotonic() + seconds
 
-    def _look_if_idle(self) -> None:
-        with self._lock:
-            self._notify_if_idle()
+    def _latest(self, now: datetime) -> datetime:
+        """Return when an attempt, or a start, can be due at the latest."""
+        longest = max(self._sender.longest_wait_seconds, *self._config.analysis_schedule_seconds, 0)
+        return now + timedelta(seconds=longest)
 
-    def _notify_if_idle(self) -> None:
-        if self._draining and self._is_idle():
-            self._idle.notify_all()
+    # A job's thread
+
+    def _guard(self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes) -> None:
+        """Do the work, and whatever happens leave no job without a thread or a next step."""
+        try:
+            work(run, given)
+        except JournalError:
+            log.debug("job left to the next start", extra=run.job.facts)
+        except BaseException as exc:
+            log.exception("job's thread failed", extra=run.job.facts)
+            self._give_up(run, type(exc).__name__)
+        finally:
+            self._leave(run)
+
+    def _give_up(self, run: Run, kind: str) -> None:
+        """End the analysis as failed; if it has ended, have the attempt made again."""
+        ending = model.without_result(Outcome.FAILED, kind, "The result could not be handled.")
+        try:
+            self._insist(lambda: self._end_from_outside(run.job, ending, source=State.RUNNING))
+        except MoveError:
+            self._put_off(run)
+
+    def _put_off(self, run: Run) -> None:
+        """Make an attempt that was taken, but not made, due again."""
+        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
+        self._insist(lambda: self._journal.put_off(run.job.id, until=until))
+        self._look_for_attempts(RETRY_SECONDS)
+
+    def _leave(self, run: Run) -> None:
+        with self._changed:
+            if self._runs.get(run.job.id) is run:  # not when it was claimed anew meanwhile
+                del self._runs[run.job.id]
+            if self._is_crowded:
+                self._attempts_at = 0.0
+            has_freed_a_place = self._waiting and not run.is_posting
+            if has_freed_a_place or self._is_crowded or self._is_draining:
+                self._wake()
+
+    def _work(self, run: Run, claimed: Claimed) -> None:
+        """Have the analysis run, store the event, and make the first attempt."""
+        if run.outcome:  # it was canceled just now
+            return
+        listener = Listener(
+            started=lambda: self._note_start(run),
+            progressed=lambda fraction, note: self._note_progress(run, fraction, note),
+            kept=lambda value: self._journal.keep(run.job.id, value),
+        )
+        job, body, kept = run.job, claimed.body, claimed.kept
+        event = None
+        with self._executor.run(job, body, kept=kept, listener=listener) as ending:
+            again = self._again(job, ending)
+            if isinstance(ending, model.Ending) and not again:
+                event = self._store(run, ending)
+        if again:
+            self._run_again(run, again)
+        elif event is not None:
+            self._post(run, event)
+
+    def _note_start(self, run: Run) -> None:
+        run.started_at = self._clock()
+        if run.outcome:  # it was canceled just before
+            self._executor.stop(run.job.id)
+        if timeout := self._config.job_timeout_seconds:
+            run.times_out_at = time.monotonic() + timeout
+            with self._changed:
+                if run.times_out_at < self._times_out_at:
+                    self._times_out_at = run.times_out_at
+                    self._wake()
+
+    def _note_progress(self, run: Run, fraction: float, note: str) -> None:
+        run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
+
+    def _again(
+        self, job: model.Job, ending: model.Ending | model.Again | None
+    ) -> model.Again | None:
+        """Return whether and when an analysis runs again; None when it has ended."""
+        if not isinstance(ending, model.Ending):
+            return ending
+        if not ending.may_run_again:
+            return None
+        error, schedule = ending.error or {}, self._config.analysis_schedule_seconds
+        # Never the message, which may contain data.
+        facts = {"type": error.get("type"), "frames": "; ".join(ending.frames)}
+        if log.isEnabledFor(logging.DEBUG):
+            facts["error"] = error.get("message")
+        log.warning("analysis raised", extra=job.facts | facts)
+        if job.failures >= len(schedule):
+            return None
+        return model.Again(pause_seconds=schedule[job.failures], error=error)
+
+    def _run_again(self, run: Run, again: model.Again) -> None:
+        """Let a job wait for its next start."""
+        seconds = again.pause_seconds
+        next_start_at = self._clock() + timedelta(seconds=seconds) if seconds else None
+        values: dict[str, Any] = {
+            "next_start_at": next_start_at,
+            "has_started": run.started_at is not None,
+        }
+        values |= {"is_alone": again.is_alone, "error": again.error}
+        try:
+            self._insist(lambda: self._journal.run_again(run.job.id, **values))
+        except MoveError:  # it was canceled, or timed out, at this very moment
+            return
+        facts = {"seconds": seconds, "alone": again.is_alone or None}
+        log.info("analysis to run again", extra=run.job.facts | facts)
+        if again.error:
+            self._metrics.retried()
+        with self._changed:
+            self._waiting += not seconds
+            self._starts_at = min(self._starts_at, time.monotonic() + seconds)
+            self._wake()
+
+    def _store(self, run: Run, ending: model.Ending) -> bytes | None:
+        """Store how the analysis ended; return the event if this thread is to post it now."""
+        posts_now = self._begin_to_post(run)
+        end = functools.partial(self._end, run.job, ending, State.RUNNING, posts_now=posts_now)
+        try:
+            event = self._insist(end)
+        except MoveError:  # it was canceled, or timed out, at this very moment
+            return None
+        return event if posts_now else None
+
+    def _begin_to_post(self, run: Run) -> bool:
+        """Give up the place of a job; return whether its thread may make the first attempt now."""
+        receiver = run.job.receiver
+        with self._changed:
+            posts_now = self._held_seconds(receiver) <= 0 and self._room(receiver) > 0
+            run.is_posting = True
+            if self._waiting:
+                self._wake()
+            return posts_now
+
+    def _post(self, run: Run, event: bytes) -> None:
+        """Make one attempt, and store what follows from it."""
+        job, attempt = run.job, self._sender.attempt(run.job, event)
+        now = self._clock()
+        state = self._insist(lambda: self._journal.record(job, attempt, now=now))
+        with self._changed:
+            if attempt.hold_seconds:
+                self._held[job.receiver] = time.monotonic() + attempt.hold_seconds
+            (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
+        self._metrics.attempted(job, attempt, state)
+        if not attempt.delivered:
+            facts: dict[str, Any] = {"attempt": attempt.number, "status_code": attempt.status_code}
+            facts |= {"error": attempt.error, "next_in_seconds": attempt.seconds_until_next}
+            log.warning("attempt failed", extra=job.facts | facts)
+        if attempt.seconds_until_next is not None:
+            self._look_for_attempts(attempt.seconds_until_next)
+            return
+        facts = {"outcome": run.outcome, "starts": job.starts, "attempts": attempt.number}
+        facts |= {"seconds": round((now - job.created_at).total_seconds(), 3)}
+        level = logging.INFO if attempt.delivered else logging.WARNING
+        log.log(level, "job %s", state, extra=job.facts | facts)
+
+    # Shared by all threads
+
+    def _end_from_outside(
+        self, job: model.Job, ending: model.Ending, *, source: State, durable: bool = False
+    ) -> None:
+        """End a job while its analysis may run: what it returns later counts for nothing.
+
+        Raises:
+            MoveError: It is not in the state `source`.
+        """
+        self._end(job, ending, source, durable=durable)
+        self._executor.stop(job.id)
+
+    def _end(
+        self,
+        job: model.Job,
+        ending: model.Ending,
+        source: State,
+        *,
+        posts_now: bool = False,
+        durable: bool = False,
+    ) -> bytes:
+        """Store and tell how a job ended; return its event, which is due unless `posts_now`."""
+        run, now = self._runs.get(job.id), self._clock()
+        started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
+        ending = dataclasses.replace(ending, started_at=started_at, finished_at=now)
+        max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
+        event = model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
+        due_at = None if posts_now else now
+        self._journal.end(job, ending, event, source=source, due_at=due_at, durable=durable)
+        if run:
+            run.outcome = ending.outcome
+        self._metrics.ended_analysis(job, ending.outcome, started_at, now)
+        level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
+        log.log(level, "analysis ended", extra={**job.facts, "outcome": ending.outcome})
+        if not posts_now:
+            self._look_for_attempts(0.0)
+        return event.body
+
+    def _insist(self, write: Callable[[], T]) -> T:
+        """Write, and try again until the journal can be written or the service stops."""
+        while True:
+            try:
+                return write()
+            except JournalLost:
+                raise
+            except JournalError:
+                if self._stopped.wait(RETRY_SECONDS):
+                    raise
+
+
+def _unavailable(title: str, detail: str) -> Refusal:
+    return Refusal(503, title, detail, retry_after_seconds=5)

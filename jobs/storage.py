@@ -1,372 +1,351 @@
-"""One SQLite file, held by one process: opened with checks, written in short transactions.
+"""The SQLite file of the journal: its lock, its connections, its transactions, and its errors.
 
-Knows how the file is opened, what its errors mean, and when it is durable. A commit survives the
-end of the process, and costs no wait; only `settle` makes sure that it survives a power cut, too.
-So whoever promises many things at once waits for the disk once.
+It knows how the file is opened, when a commit survives a power cut, and which errors of SQLite mean
+that the file can no longer be trusted. One connection writes. Reads have connections of their own,
+so a listing neither waits for a commit nor delays one.
 """
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from jobs import errors
+from jobs import model
+from jobs.errors import ConfigError, JournalError, JournalLost
 
 #: Marks the file as ours: "Post" in ASCII.
 APPLICATION_ID = 0x506F7374
 
-#: The schema of a new file. A newer one is refused; 1 had other indexes, and is used as it is.
-SCHEMA_VERSION = 2
+#: The version of the schema. Versions 1 and 2 were those of Postback 0.1.
+SCHEMA_VERSION = 3
 
-#: After a burst the write-ahead log shrinks to this many bytes.
-WAL_LIMIT_BYTES = 64 * 1024 * 1024
-
-#: Bytes of a page of a new file. A commit writes whole pages, of which a job changes a few bytes
-#: in each of a dozen.
-PAGE_BYTES = 2048
-
-#: Set on the connection and read back: SQLite ignores what it cannot do.
+#: Set on the writing connection and read back, because SQLite ignores what it cannot do.
 PRAGMAS: Mapping[str, str | int] = {
-    # No other connection: no shared memory, and nobody else checkpoints (before 3.51.3 that could
-    # lose commits, https://sqlite.org/wal.html#walresetbug).
-    "locking_mode": "exclusive",
     "journal_mode": "wal",
-    "synchronous": 1,  # NORMAL: no fsync but at checkpoints, so that none is out of order
     "foreign_keys": 1,
-    "journal_size_limit": WAL_LIMIT_BYTES,
-    "wal_autocheckpoint": 2000,  # pages
+    "journal_size_limit": 64 * 1024 * 1024,  # after a burst the write-ahead log shrinks to this
 }
 
-#: After these nobody knows what is on the disk: only a restart that reads it again can tell.
-#: A failed fsync in particular may not be repeated (https://danluu.com/fsyncgate/).
+#: After these nobody knows what is on the disk, until a restart reads it again.
+#: A failed fsync in particular must not be repeated (https://danluu.com/fsyncgate/).
 LOST = (
-    "SQLITE_IOERR_FSYNC",
-    "SQLITE_IOERR_DIR_FSYNC",
-    "SQLITE_IOERR_READ",
-    "SQLITE_IOERR_SHORT_READ",
-    "SQLITE_CORRUPT",
-    "SQLITE_NOTADB",
+    *("SQLITE_IOERR_FSYNC", "SQLITE_IOERR_DIR_FSYNC", "SQLITE_IOERR_READ"),
+    *("SQLITE_IOERR_SHORT_READ", "SQLITE_IOERR_CORRUPTFS", "SQLITE_CORRUPT", "SQLITE_NOTADB"),
 )
+
+#: Seconds to wait for another program that writes to the file.
+BUSY_SECONDS = 1.0
+
+#: In the lock file, after the pid: this journal was opened before.
+_SINCE = " since "
 
 log = logging.getLogger("postback")
 
-T = TypeVar("T")
+# How Python's values are written: instants in their one form, mappings as JSON.
+sqlite3.register_adapter(datetime, model.text_of)
+sqlite3.register_adapter(dict, json.dumps)
 
 
 class Storage:
-    """The file, its lock and its one connection.
+    """The file. Every method may be called from any thread.
 
-    Every method may be called from any thread.
+    Args:
+        path: The database.
+        schema: What creates the tables in a new file.
+        on_lost: Called once, when the file can no longer be trusted.
+        on_commit: Given the seconds of each durable transaction, after its commit.
     """
 
     def __init__(
         self,
         path: Path,
-        *,
         schema: str,
         on_lost: Callable[[], None],
-        on_settled: Callable[[float], None] = lambda _: None,
+        on_commit: Callable[[float], None],
     ) -> None:
-        self._path = Path(os.path.realpath(path))  # SQLite's files lie beside the real one
-        self._schema = schema
-        self._on_lost = on_lost
-        self._on_settled = on_settled
-        self._lost_for_good: errors.JournalLostError | None = None  # once set it stays; no lock
-        self._lock = threading.Lock()  # guards the connection, and changes of what follows
+        self._path = Path(os.path.realpath(path))  # SQLite's own files lie beside the real one
+        self._lock_path = Path(f"{self._path}.lock")
+        self._schema, self._on_lost, self._on_commit = schema, on_lost, on_commit
+        # Only the thread that holds the lock uses the writing connection.
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._transaction: _Transaction | None = None
+        self._is_full: bool | None = None  # what `synchronous` is set to
         self._lock_file: IO[str] | None = None
-        self._failure: errors.JournalError | None = None
-        self._promises = 0  # writes that an answer depends on
-        self._disk = threading.Lock()  # guards what follows; may be held for as long as an fsync
-        self._log_file: int | None = None
-        self._settled = 0  # so many promises are on the disk
+        self._inodes: list[tuple[int, int]] = []  # of the open files
+        self._failure: JournalError | None = None
+        self._loss: JournalLost | None = None
+        self._readers: list[sqlite3.Connection] = []  # those that no thread uses
 
     def open(self) -> None:
-        """Lock the file, open it, check it, and lay the tables in a new one.
+        """Lock the file, open it, check it, and create the tables in a new one.
 
         Raises:
-            ConfigError: It is in use, damaged, not ours, newer, or cannot be written.
+            ConfigError: It is in use, damaged, not ours, of another version, or not writable.
         """
         try:
-            self._lock_file, holder = _lock(self._path)
-            _refuse_emptied(self._path, holder)
-            self._connection = _connect(self._path)
-            self._prepare()
-            self._log_path = Path(f"{self._path}-wal")
-            self._log_file = os.open(self._log_path, os.O_RDONLY)
-            self._inode, self._log_inode = _inode(self._path), _inode(self._log_path)
-            os.register_at_fork(after_in_child=self._let_go_in_fork)
-            _sign(self._lock_file, f"{os.getpid()}{_SINCE}{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
-        except (OSError, sqlite3.Error) as exc:
+            self._take_lock()
+            # Payloads are nobody else's business. SQLite itself would open a read-only file.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._connection = _connect(str(self._path))
+            self._prepare(self._connection)
+            self._lock_path.write_text(f"{os.getpid()}{_SINCE}{model.text_of(model.utc_now())}")
+            self._inodes = self._look_at_files()
+        except (OSError, sqlite3.Error, ConfigError) as exc:
             self.close()
-            raise _refusal(self._path, f"cannot be opened: {exc}") from exc
-        except errors.ConfigError:
-            self.close()
-            raise
+            if isinstance(exc, ConfigError):
+                raise
+            raise self._refusal(f"cannot be opened: {exc}") from exc
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file and let it go. May be called twice."""
-        with self._lock, self._disk:
-            if self._log_file is not None:
-                os.close(self._log_file)
-                self._log_file = None
-            if connection := getattr(self, "_connection", None):
-                connection.close()
-                del self._connection
-            if self._lock_file:
-                self._lock_file.close()
-                self._lock_file = None
-
-    def _let_go_in_fork(self) -> None:
-        """Leave the lock to the parent: a child of an analysis may outlive the service."""
-        if self._lock_file:
-            self._lock_file.close()
+        """Fold the write-ahead log into the file and release it. May be called twice."""
+        with self._lock:
+            self._inodes = []  # SQLite removes its own files now
+            connection, self._connection = self._connection, None
+            while self._readers:
+                self._readers.pop().close()
+            for opened in (connection, self._lock_file):
+                if opened:
+                    opened.close()
 
     @property
-    def failure(self) -> errors.JournalError | None:
+    def failure(self) -> JournalError | None:
         """Why the last commit failed, or the next one would; None when there is no reason."""
-        if self._log_file is not None and not self._lost_for_good:
-            with contextlib.suppress(errors.JournalLostError):
-                self._refuse_replaced()
-        return self._lost_for_good or self._failure
-
-    def read(self, statement: str, parameters: Mapping[str, Any]) -> list[sqlite3.Row]:
-        """Return the rows of a SELECT.
-
-        Raises:
-            JournalError: The file cannot be read.
-        """
-        with self._lock:
-            try:
-                return self._open_connection().execute(statement, parameters).fetchall()
-            except sqlite3.Error as exc:
-                raise self._failed(exc) from exc
-
-    def write(self, work: Callable[[sqlite3.Connection], T], *, promised: bool = False) -> T:
-        """Run `work` inside a transaction and return what it returned, once that is committed.
-
-        Args:
-            work: Changes rows.
-            promised: Whether an answer depends on it, which `settle` has to be called before.
-
-        Raises:
-            JournalError: Nothing was committed.
-        """
-        with self._lock:
-            try:
-                connection = self._open_connection()
-                if promised:
-                    self._refuse_replaced()
-                result = self._transact(connection, work)
-            except sqlite3.Error as exc:
-                raise self._failed(exc) from exc
-            finally:
-                self._roll_back()  # unless it was committed
-            self._promises += promised
-            return result
-
-    def settle(self) -> None:
-        """Wait until all that was promised so far survives a power cut.
-
-        Many threads may ask at once: one fsync answers all who came before it began.
-
-        Raises:
-            JournalError: It may not survive.
-        """
-        wanted = self._promises
-        if self._settled >= wanted:  # without a wait for one whose disk hangs
-            return
-        with self._disk:
-            if self._settled >= wanted:
-                return
-            settled, began = self._promises, time.perf_counter()
-            self._synchronise()
-            self._settled = settled
-        self._on_settled(time.perf_counter() - began)
+        with contextlib.suppress(JournalLost):
+            self._refuse_replaced()
+        return self._loss or self._failure
 
     def size_bytes(self) -> int:
         """Return the size of the file and of its write-ahead log."""
-        files = (self._path, Path(f"{self._path}-wal"))
-        return sum(file.stat().st_size for file in files if file.exists())
+        return sum(status.st_size for status in self._stat("", "-wal"))
 
-    def backup(self) -> Path:
-        """Copy the journal to a file beside it, whole at every moment, and return its path.
+    @contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[None]:
+        """Commit together whatever is written inside; nothing of it when anything fails.
 
-        Nobody else can open the file of a running service. Writes wait for as long as it takes.
+        The same thread may open another one inside, which then is part of this one. When the inner
+        one raises after it has written, the outer one is not committed, either.
+
+        Args:
+            durable: Whether the commit must survive a power cut (synchronous=FULL), because an
+                answer depends on it. Every commit survives the end of the process.
 
         Raises:
-            JournalError: There is no new copy; an earlier one is as it was.
+            JournalError: At the end. Nothing was committed.
         """
-        part, copy = Path(f"{self._path}.part"), Path(f"{self._path}.backup")
-        try:
-            part.unlink(missing_ok=True)
-            part.touch(mode=0o600)
-            with self._lock:
-                self._open_connection().execute("VACUUM INTO ?", (str(part),))
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            return part.replace(copy)
-        except (OSError, sqlite3.Error) as exc:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise errors.JournalError(f"The journal could not be copied: {exc}.") from exc
+        with self._lock:
+            if self._transaction:
+                with self._transaction.joined(self._usable(), durable=durable):
+                    yield
+                return
+            self._transaction = _Transaction(durable=durable)
+            try:
+                yield
+                self._commit(self._transaction)
+            finally:
+                self._transaction = None
+                if self._connection and self._connection.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._connection.execute("ROLLBACK")
 
-    def _transact(
-        self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]
-    ) -> T:
+    def write(self, statement: str, **values: Any) -> int:
+        """Execute a statement inside the open transaction; return how many rows it changed."""
+        return self._execute(statement, values)[1]
+
+    def fetch(self, statement: str, **values: Any) -> list[sqlite3.Row]:
+        """Return rows as the open transaction sees them."""
+        return self._execute(statement, values)[0]
+
+    def read(self, statement: str, **values: Any) -> list[sqlite3.Row]:
+        """Return rows by a connection of our own: it waits for no commit, and holds none up."""
+        self._usable()
+        try:
+            with self._reader() as reader:
+                return reader.execute(statement, values).fetchall()
+        except sqlite3.Error as exc:
+            raise self._failed(exc) from exc
+
+    @contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        try:
+            reader = self._readers.pop()
+        except IndexError:  # other threads use them all
+            reader = _connect(f"{self._path.as_uri()}?mode=ro")
+        try:
+            yield reader
+        finally:
+            if self._connection:
+                self._readers.append(reader)
+            else:
+                reader.close()
+
+    def _execute(self, statement: str, values: Mapping[str, Any]) -> tuple[list[sqlite3.Row], int]:
+        transaction = self._transaction
+        if transaction is None:
+            raise AssertionError("There is no transaction: use `with self.transaction()`.")
+        if transaction.failure:
+            raise transaction.failure
+        try:
+            connection = self._usable()
+            if transaction.began is None:
+                self._begin(connection, transaction)
+            cursor = connection.execute(statement, values)
+            return cursor.fetchall(), cursor.rowcount
+        except sqlite3.Error as exc:
+            # SQLite may have rolled back by itself, as it does when the disk is full.
+            transaction.failure = self._failed(exc)
+            raise transaction.failure from exc
+        except MemoryError:  # the fault of what is written: to write it again would be no use
+            transaction.failure = JournalError("There was no memory for the transaction.")
+            raise
+
+    def _begin(self, connection: sqlite3.Connection, transaction: "_Transaction") -> None:
+        if transaction.durable:
+            self._refuse_replaced()
+        if transaction.durable is not self._is_full:  # inside of a transaction it is refused
+            connection.execute(f"PRAGMA synchronous = {2 if transaction.durable else 1}")
+            self._is_full = transaction.durable
         connection.execute("BEGIN IMMEDIATE")
-        changes = connection.total_changes
-        result = work(connection)
-        connection.execute("COMMIT")
-        if self._failure and connection.total_changes > changes:  # else it wrote nothing
+        transaction.began = time.perf_counter()
+
+    def _commit(self, transaction: "_Transaction") -> None:
+        if transaction.failure:
+            raise transaction.failure
+        if transaction.began is None:
+            return
+        try:
+            self._usable().execute("COMMIT")
+        except sqlite3.Error as exc:
+            raise self._failed(exc) from exc
+        if transaction.durable:
+            self._on_commit(time.perf_counter() - transaction.began)
+        if self._failure:
             self._failure = None
             log.warning("journal recovered")
-        return result
 
-    def _synchronise(self) -> None:
-        if self._log_file is None:
-            raise errors.JournalError("The journal is closed: the service is stopping.")
-        if self._lost_for_good:
-            raise self._lost_for_good
-        if _inode(self._log_path) != self._log_inode:
-            raise self._lost(f"The write-ahead log {self._log_path} was removed or replaced.")
-        try:
-            # Where there is no fdatasync, as on macOS, fsync does more than is needed.
-            getattr(os, "fdatasync", os.fsync)(self._log_file)
-        except OSError as exc:
-            raise self._lost(f"The journal can no longer be trusted: {exc}.") from exc
-
-    def _roll_back(self) -> None:
-        connection: sqlite3.Connection | None = getattr(self, "_connection", None)
-        if connection and connection.in_transaction:  # after SQLITE_FULL it no longer is
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-
-    def _open_connection(self) -> sqlite3.Connection:
-        if self._lost_for_good:
-            raise self._lost_for_good
-        if not hasattr(self, "_connection"):
-            raise errors.JournalError("The journal is closed: the service is stopping.")
+    def _usable(self) -> sqlite3.Connection:
+        if self._loss:
+            raise self._loss
+        if self._connection is None:
+            raise JournalError("The journal is closed because the service is stopping.")
         return self._connection
 
-    def _refuse_replaced(self) -> None:
-        # SQLite goes on writing to a file that was removed.
-        if _inode(self._path) != self._inode:
-            raise self._lost(f"The journal {self._path} was removed or replaced.")
-
-    def _failed(self, exc: sqlite3.Error) -> errors.JournalError:
-        name = getattr(exc, "sqlite_errorname", "")
+    def _failed(self, exc: sqlite3.Error) -> JournalError:
+        name = getattr(exc, "sqlite_errorname", type(exc).__name__)
         if name.startswith(LOST):
             return self._lost(f"The journal can no longer be trusted: {exc} ({name}).")
-        message = f"The journal cannot be used now: {exc} ({name or type(exc).__name__})."
         if self._failure is None:
             log.error("journal failed", extra={"error": str(exc), "code": name})
-        self._failure = errors.JournalError(message)
+        self._failure = JournalError(f"The journal cannot be used now: {exc} ({name}).")
         return self._failure
 
-    def _lost(self, message: str) -> errors.JournalLostError:
-        lost = self._lost_for_good = errors.JournalLostError(message)
-        log.critical("journal lost", extra={"error": message})
-        self._on_lost()
-        return lost
+    def _lost(self, text: str) -> JournalLost:
+        if self._loss is None:
+            self._loss = JournalLost(text)
+            log.critical("journal lost", extra={"error": text})
+            self._on_lost()
+        return self._loss
 
-    def _prepare(self) -> None:
-        self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA locking_mode = exclusive")
-        version = self._refuse_foreign()  # before anything of it is changed
+    def _refuse_replaced(self) -> None:
+        # SQLite goes on writing to files that were removed.
+        found = self._look_at_files()
+        if self._inodes not in ([], found):
+            raise self._lost(f"The journal {self._path}, its -wal or -shm was removed or replaced.")
+
+    def _look_at_files(self) -> list[tuple[int, int]]:
+        return [(status.st_dev, status.st_ino) for status in self._stat("", "-wal", "-shm")]
+
+    def _stat(self, *suffixes: str) -> list[os.stat_result]:
+        """Return the status of those of the files that are there."""
+        found = []
+        for suffix in suffixes:
+            with contextlib.suppress(OSError):
+                found.append(os.stat(f"{self._path}{suffix}"))  # noqa: PTH116 - half the time
+        return found
+
+    def _take_lock(self) -> None:
+        """Lock a file beside it: to open and close the journal itself would drop SQLite's locks."""
+        self._lock_file = self._lock_path.open("a")
+        holder = self._lock_path.read_text(encoding="ascii", errors="replace")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            text = f"is in use by another instance, pid {holder}: stop it, or name another file"
+            raise self._refusal(text) from exc
+        was_used = _SINCE in holder
+        if was_used and not any(status.st_size for status in self._stat("")):
+            # SQLite would remove what is left of it, its write-ahead log.
+            text = "is gone: restore a backup, or remove its .lock file to begin with an empty one"
+            raise self._refusal(text)
+        # Until the tables are there, it must not say that they are.
+        self._lock_path.write_text(f"{os.getpid()}{_SINCE if was_used else ''}")
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        def value(statement: str) -> Any:
+            return connection.execute(statement).fetchone()[0]
+
+        is_new = not value("SELECT count(*) FROM sqlite_schema")
+        if not is_new and value("PRAGMA application_id") != APPLICATION_ID:
+            raise self._refusal("is a database of another program: name another file")
+        if not is_new and value("PRAGMA user_version") != SCHEMA_VERSION:
+            raise self._refusal("was written by another version of Postback: name another file")
         for name, wanted in PRAGMAS.items():
-            self._set_pragma(name, wanted)
-        damage = self._value("PRAGMA quick_check(1)")
-        if damage != "ok":
-            raise _refusal(self._path, f"is damaged ({damage}): restore a backup")
-        if version == 0:
-            self._connection.executescript(f"BEGIN; {self._schema} {_STAMP} COMMIT;")
+            connection.execute(f"PRAGMA {name} = {wanted}")
+            if (got := value(f"PRAGMA {name}")) != wanted:
+                raise self._refusal(f"cannot use {name}={wanted} here, only {got}")
+        if (damage := value("PRAGMA quick_check(1)")) != "ok":
+            raise self._refusal(f"is damaged ({damage}): restore a backup")
+        if is_new:
+            stamp = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
+            connection.executescript(f"BEGIN; {self._schema} {stamp} COMMIT;")
 
-    def _set_pragma(self, name: str, wanted: str | int) -> None:
-        self._connection.execute(f"PRAGMA {name} = {wanted}")
-        got = self._value(f"PRAGMA {name}")
-        if got != wanted:
-            raise _refusal(self._path, f"cannot use {name}={wanted} here, only {got}")
-
-    def _refuse_foreign(self) -> int:
-        """Return the schema's version, 0 in a new file."""
-        owner, version = self._value("PRAGMA application_id"), self._value("PRAGMA user_version")
-        tables = self._value("SELECT count(*) FROM sqlite_schema")
-        if tables and owner != APPLICATION_ID:
-            raise _refusal(self._path, "is a database of another program: name another file")
-        if version > SCHEMA_VERSION:
-            text = f"was written by a newer version (schema {version}, this reads {SCHEMA_VERSION})"
-            raise _refusal(self._path, text)
-        return int(version)
-
-    def _value(self, statement: str) -> Any:
-        return self._connection.execute(statement).fetchone()[0]
+    def _refusal(self, text: str) -> ConfigError:
+        line = text.replace("\n", " ")  # SQLite describes damage in several lines
+        return ConfigError([f"JOURNAL={str(self._path)!r}: {line}"])
 
 
-#: In the lock file, after the pid: this journal was opened before.
-_SINCE = " since "
+@dataclass(slots=True, kw_only=True)
+class _Transaction:
+    """The open transaction of the writing connection.
 
-_STAMP = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    path.touch(mode=0o600)  # payloads are nobody else's business
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
-    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    return connection
-
-
-def _lock(path: Path) -> tuple[IO[str], str]:
-    """Return the locked file, to be kept open, and what its last holder wrote in it.
-
-    It lies beside the journal and is never removed: closing any descriptor of the journal itself
-    would drop SQLite's own locks.
+    Attributes:
+        durable: Whether its commit must survive a power cut.
+        began: When its first statement was executed (perf_counter); None before.
+        failure: Why it can no longer be committed.
     """
-    lock_path = Path(f"{path}.lock")
-    lock_file = lock_path.open("a+", encoding="ascii", errors="replace")
-    lock_file.seek(0)
-    holder = lock_file.read()
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        lock_file.close()
-        text = f"is in use by another instance, pid {holder}: stop it, or name another file"
-        raise _refusal(path, text) from exc
-    # Until the tables are laid it keeps telling whether they ever were.
-    _sign(lock_file, str(os.getpid()) + (_SINCE if _SINCE in holder else ""))
-    return lock_file, holder
+
+    durable: bool
+    began: float | None = None
+    failure: JournalError | None = None
+
+    @contextmanager
+    def joined(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+        """Make what is written inside a part of this transaction."""
+        if durable and not self.durable:
+            raise AssertionError("A durable transaction cannot be part of one that is not.")
+        changes = connection.total_changes
+        try:
+            yield
+        except BaseException:
+            if connection.total_changes != changes:  # half of it must not be committed
+                self.failure = self.failure or JournalError("A part of the transaction failed.")
+            raise
 
 
-def _sign(lock_file: IO[str], holder: str) -> None:
-    lock_file.truncate(0)
-    lock_file.write(holder)
-    lock_file.flush()
-
-
-def _refuse_emptied(path: Path, holder: str) -> None:
-    if _SINCE not in holder:
-        return
-    if not path.exists():  # and SQLite would remove what is left of it, its write-ahead log
-        raise _refusal(path, f"is gone: restore a backup, or remove {path}.lock to begin anew")
-    if path.stat().st_size == 0:
-        text = f"is empty, and was not: restore a backup, or remove it and {path}.lock"
-        raise _refusal(path, text)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat
-    except OSError:  # it was removed, or no longer is where the path leads
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _refusal(path: Path, text: str) -> errors.ConfigError:
-    line = text.replace("\n", " ")  # SQLite tells of damage in several
-    return errors.ConfigError([f"JOURNAL={str(path)!r}: {line}"])
+def _connect(database: str) -> sqlite3.Connection:
+    uri = database.startswith("file:")
+    connection = sqlite3.connect(
+        database, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri
+    )
+    connection.row_factory = sqlite3.Row
+    return connection

@@ -1,79 +1,90 @@
-"""Starts the service as a user does, with less than it needs, or with less care.
+"""Starts the service as a user does; it notes what it accepts, commits carelessly, or fails.
 
-ACKNOWLEDGED=<path>  writes each accepted id to this file before the answer leaves
-ACCEPT=NORMAL        lets the answer leave without an fsync: what the product must not do
-RUN_AS=<uid>         runs as this user, so that limits of processes hold also for root
-NOFILE=<number>      has so many descriptors
+ACKNOWLEDGED=<path>  writes the id of each accepted job to this file before its answer leaves
+ACCEPT=NORMAL        lets answers leave without an fsync, which the product must not do
+FAULT=<path>         once this file says `SQLITE_FULL 3`, the third operation from then on of the
+                     connection that writes fails with this error; it says so in the log
 """
 
+import logging
 import os
-import resource
-import signal
+import sqlite3
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import app
+from jobs import runner
 from jobs.journal import Journal
 from jobs.storage import Storage
 
 
+class Careless(sqlite3.Connection):
+    """A connection whose commits never wait for the disk."""
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        return super().execute(statement.replace("synchronous = 2", "synchronous = 1"), *values)
+
+
+class Faulty(sqlite3.Connection):
+    """A connection that fails once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._writes = not kwargs["uri"]
+        self._code, self._left = "", 0
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        if self._writes:
+            self._count()
+        return super().execute(*args)
+
+    def _count(self) -> None:
+        path = Path(os.environ["FAULT"])
+        if path.exists():
+            self._code, left = path.read_text().split()
+            self._left = int(left)
+            path.unlink()
+        self._left -= 1
+        if self._left == 0:
+            logging.getLogger("postback").warning("It fails.")
+            exc = sqlite3.OperationalError("a fault")
+            exc.sqlite_errorname = self._code
+            raise exc
+
+
+def connect_by(factory: type[sqlite3.Connection]) -> None:
+    sqlite3.connect = partial(sqlite3.connect, factory=factory)  # type: ignore[assignment]
+
+
 def acknowledge(path: str) -> None:
-    """Note an id as soon as nothing can fail its answer."""
+    """Note an id as soon as nothing can fail its answer: after the commit."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-    accept, settle = Journal.accept, Journal.settle
-    accepted: dict[str, bool] = {}
+    accept, commit = Journal.accept, Storage._commit
+    accepted: list[str] = []  # in the open transaction
 
-    def accept_and_keep(self: Journal, *args: Any, **kwargs: Any) -> str:
-        job_id = accept(self, *args, **kwargs)
-        accepted[job_id] = True
-        return job_id
+    def accept_and_keep(self: Journal, job: Any, *args: Any, **kwargs: Any) -> None:
+        accept(self, job, *args, **kwargs)
+        accepted.append(job.id)
 
-    def settle_and_note(self: Journal) -> None:
-        before = list(accepted)
-        settle(self)
-        for job_id in before:
-            if accepted.pop(job_id, False):  # no other thread has noted it
-                os.write(descriptor, job_id.encode())
+    def commit_and_note(self: Storage, *args: Any) -> None:
+        ids = accepted.copy()
+        accepted.clear()
+        commit(self, *args)
+        for job_id in ids:
+            os.write(descriptor, job_id.encode())
 
     Journal.accept = accept_and_keep  # type: ignore[method-assign]
-    Journal.settle = settle_and_note  # type: ignore[method-assign]
+    Storage._commit = commit_and_note  # type: ignore[assignment,method-assign]
 
-
-def be_careless(level: str) -> None:
-    if level == "NORMAL":
-        Storage._synchronise = lambda self: None  # type: ignore[method-assign]
-
-
-def limit_files(number: str) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (int(number), int(number)))
-
-
-def run_as(user: str) -> None:
-    """Start again as another user, who may read all files, as Python may be anywhere."""
-    rights = ("--inh-caps", "+dac_override", "--ambient-caps", "+dac_override")
-    command = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", *rights]
-    del os.environ["RUN_AS"]
-    os.execvp(command[0], [*command, sys.executable, "-m", "tests.faults.launch"])
-
-
-def toggle_threads(_: str) -> None:
-    def toggle(*_: object) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-        resource.setrlimit(resource.RLIMIT_NPROC, (hard if soft == 1 else 1, hard))
-
-    signal.signal(signal.SIGUSR2, toggle)
-
-
-WISHES = {
-    "RUN_AS": run_as,
-    "THREADS": toggle_threads,
-    "ACKNOWLEDGED": acknowledge,
-    "ACCEPT": be_careless,
-    "NOFILE": limit_files,
-}
 
 if __name__ == "__main__":
-    for name, fulfil in WISHES.items():
-        if name in os.environ:
-            fulfil(os.environ[name])
+    if path := os.environ.get("ACKNOWLEDGED"):
+        acknowledge(path)
+    if os.environ.get("ACCEPT") == "NORMAL":
+        connect_by(Careless)
+    if "FAULT" in os.environ:
+        connect_by(Faulty)
+        runner.RETRY_SECONDS = 0.02
     app.main(sys.argv[1:])

@@ -184,7 +184,6 @@ def run(shim: Path, directory: Path, *, jobs: int, level: str) -> list[Entry]:
             "JOURNAL": str(journal),
             "ANALYSIS": "tests.analyses:echo",
             "POSTBACK_URL": receiver.url,
-            "PORT": "0",
         }
         service = RealProcess(env, command=("-m", "tests.faults.launch"))
         try:
@@ -253,7 +252,7 @@ def survivors(files: dict[int, bytes], directory: Path, *, used: bool) -> set[st
     journal = Journal(directory / "journal.db", on_lost=lambda: None)
     try:
         journal.open()
-        rows = journal._storage.read("SELECT id FROM jobs JOIN payloads USING (seq)", {})
+        rows = journal._storage.read("SELECT id FROM jobs JOIN payloads USING (seq)")
         return {row["id"] for row in rows}
     except errors.ConfigError:
         return None

@@ -1,191 +1,136 @@
-"""Each operation of SQLite made to fail in turn, in a running service and in one that starts."""
+"""Each operation of SQLite made to fail in turn, in a running service and at its start."""
 
-import contextlib
 import sqlite3
-from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import pytest
 import requests
 
-import app
-import config
-from jobs import errors, model, waiting
-from tests.harness import InProcess, events, poll
-from tests.test_runner import accept, journal_at
-from tests.test_storage import fault
+from jobs import model
+from jobs.errors import ConfigError, JournalError
+from jobs.journal import Journal
+from tests.harness import RealProcess, poll, refusal
+from tests.integration.test_journal import LATEST, NOW, accept, claim, delivering
+from tests.integration.test_storage import Faulty
 
 #: Faults that pass, and faults after which only a restart can tell what is on the disk.
 PASSING = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY")
 LASTING = ("SQLITE_IOERR_FSYNC", "SQLITE_CORRUPT")
 
 
-class Failing(sqlite3.Connection):
-    """A connection whose operation `fails_at` fails, once; they are counted from 1."""
-
-    newest: "Failing"
-    code = ""
-    fails_at = 0
-
-    def __init__(self, *arguments, **options) -> None:
-        super().__init__(*arguments, **options)
-        self.operations = 0
-        Failing.newest = self
-
-    def execute(self, *arguments):
-        self._count()
-        return super().execute(*arguments)
-
-    def executescript(self, script):
-        self._count()
-        return super().executescript(script)
-
-    def has_failed(self) -> bool:
-        return 0 < self.fails_at <= self.operations
-
-    def _count(self) -> None:
-        self.operations += 1
-        if self.operations == self.fails_at:
-            raise fault(self.code)
+@pytest.fixture
+def service(start_process, receiver, tmp_path):
+    settings = {"POSTBACK_URL": receiver.url, "FAULT": str(tmp_path / "fault")}
+    return start_process(command=("-m", "tests.faults.launch"), **settings)
 
 
-@pytest.fixture(autouse=True)
-def failing_connections(monkeypatch):
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Failing))
-    monkeypatch.setattr(waiting, "RETRY_SECONDS", 0.01)
+def arm(path: Path, code: str, number: int) -> None:
+    """Have the operation of this number fail, counted from now."""
+    path.with_suffix(".new").write_text(f"{code} {number}")
+    path.with_suffix(".new").rename(path)
 
 
-@pytest.fixture(autouse=True)
-def settings(monkeypatch, receiver, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setenv("POSTBACK_URL", receiver.url)
-    monkeypatch.setenv("ANALYSIS", "tests.analyses:echo")
-    monkeypatch.setenv("DRAIN", "200ms")  # a thread that could not begin its job is not idle
+def insist(service: RealProcess) -> str:
+    """Send a payload until it is accepted, and return the job's id."""
 
-
-@contextlib.contextmanager
-def serving(*, code: str = "", number: int = 0) -> Iterator[InProcess]:
-    """Run a service whose operation `number`, counted from when it is ready, fails."""
-    service = InProcess()
-    with service.journal._storage._lock:
-        Failing.newest.code = code
-        Failing.newest.fails_at = number and Failing.newest.operations + number
-    try:
-        yield service
-    finally:
-        service.close()
-        stop(service.service)
-
-
-def stop(service: app.Service) -> None:
-    """Stop also what has lost its journal, as the end of the process would."""
-    try:
-        service.runner.drain(0 if service._journal.failure else 5)
-        service.stop()
-    except errors.JournalError:
-        service._server.stop()
-        service._sender.close()
-        service._journal.close()
-
-
-def accepted(service: InProcess) -> str:
-    """Send a payload until it is accepted, or the journal is lost; return the id or ""."""
-    try:
+    def accepted() -> str | None:
         answer = service.post("/process", json={"data": 1})
-    except requests.ConnectionError:  # what an answer promised could no longer be kept
-        assert is_lost(service)
-        return ""
-    if answer.status_code == 200:
-        return str(answer.json()["id"])
-    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
-    return "" if is_lost(service) else accepted(service)
+        if answer.status_code == 200:
+            return str(answer.json()["id"])
+        assert "Retry-After" in answer.headers
+        assert refusal(answer, 503)
+        return None
+
+    return poll(accepted, "an accepted job")
 
 
-def is_lost(service: InProcess) -> bool:
-    return isinstance(service.journal.failure, errors.JournalLostError)
-
-
-def one_job(code: str, number: int, caplog) -> tuple[bool, str]:
-    """Take a job round the whole loop; return whether an operation failed, and the job's id."""
-    caplog.clear()
-    with serving(code=code, number=number) as service:
-        connection = Failing.newest
-        job_id = accepted(service)
-        poll(lambda: "job delivered" in caplog.messages or is_lost(service), "the end")
-        has_failed = connection.has_failed()
-        check(service, caplog, has_failed=has_failed)
-        lost = is_lost(service)
-    if lost and job_id:
-        with serving() as restarted:
-            assert restarted.wait_for(job_id)["outcome"] == "succeeded"
-    return has_failed, job_id
-
-
-def check(service: InProcess, caplog, *, has_failed: bool) -> None:
-    """What failed is told, and then the service is whole again or asks to be ended."""
-    if is_lost(service):
-        assert service.service.run() == 74
-        assert caplog.messages.count("journal lost") == 1
-    elif has_failed:
-        poll(lambda: service.get("/readyz").status_code == 200, "ready again")
-        assert caplog.messages.count("journal failed") == 1
-        assert caplog.messages.count("journal recovered") == 1
-
-
-@pytest.mark.parametrize("code", PASSING + LASTING)
-def test_whichever_operation_fails_no_accepted_job_is_lost(
-    monkeypatch, tmp_path, receiver, caplog, code
+@pytest.mark.slow
+@pytest.mark.service
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("code", PASSING)
+def test_whichever_operation_fails_the_job_is_delivered_and_the_service_recovers(
+    service, receiver, tmp_path, code
 ):
-    job_ids, number, has_failed = [], 0, True
+    job_ids, number = [], 0
 
-    while has_failed:  # until a run has no fault left
+    while service.log().count("It fails.") == number:  # until a job needs no more operations
         number += 1
-        monkeypatch.setenv("JOURNAL", str(tmp_path / f"{number}.db"))
-        has_failed, job_id = one_job(code, number, caplog)
-        job_ids.append(job_id)
+        arm(tmp_path / "fault", code, number)
+        job_ids.append(insist(service))
+        assert service.wait_for(job_ids[-1])["outcome"] == "succeeded"
+        poll(lambda: service.get("/readyz").status_code == 200, "ready")
 
-    assert number > 12  # the operations of one job
-    posted = {event["data"]["id"] for event in events(receiver.requests)}
-    assert posted == set(job_ids) - {""}
-    assert job_ids[-1]
-
-
-# At the start
+    assert number > 18  # the operations of one job
+    assert service.log().count("journal failed") == service.log().count("journal recovered")
+    assert service.log().count("journal failed") == number - 1
+    assert {one.headers["webhook-id"] for one in receiver.requests} == set(job_ids)
 
 
-def start_is_refused() -> bool:
-    """Start a service; return whether it refuses, and stop whatever there is."""
-    service = app.Service(config.load())
-    try:
+@pytest.mark.slow
+@pytest.mark.service
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("code", LASTING)
+def test_whichever_operation_fails_for_good_the_process_ends_and_no_job_is_lost(
+    service, receiver, tmp_path, code
+):
+    job_ids, number, code_of_exit = [], 0, 74
+
+    while code_of_exit == 74:
+        number += 1
+        arm(tmp_path / "fault", code, number)
+        try:
+            job_ids.append(service.process({"data": 1}))
+            poll(lambda: service.process_.poll() or is_delivered(service, job_ids[-1]), "an end")
+        except (AssertionError, requests.RequestException):  # refused, or it has ended
+            pass
+        code_of_exit = service.end() if service.process_.poll() is None else service.wait()
+        assert service.log().count("journal lost") == (code_of_exit == 74)
         service.start()
-    except (errors.ConfigError, errors.JournalError):
-        service._journal.close()
-        if hasattr(service, "_server"):
-            service._server._socket.close()
-            service._sender.close()
-        return True
-    stop(service)
+        assert {job["outcome"] for job in service.wait_for_all(job_ids)} <= {"succeeded"}
+
+    assert number > 18
+
+
+def is_delivered(service: RealProcess, job_id: str) -> bool:
+    return bool(service.job(job_id)["state"] == model.State.DELIVERED)
+
+
+def start_is_refused(path: Path, code: str, number: int) -> bool:
+    """Open and resume a journal; return whether the operation of this number makes that fail."""
+    with closing(Journal(path, on_lost=lambda: None)) as journal:
+        Faulty.code, Faulty.fails_at = code, number
+        try:
+            journal.open()
+            journal.resume(now=NOW, latest=LATEST)
+        except (ConfigError, JournalError):
+            return True
     return False
 
 
-@pytest.mark.parametrize("code", PASSING + LASTING)
-def test_whichever_operation_fails_a_start_is_refused_and_the_next_one_takes_all_up(
-    monkeypatch, tmp_path, receiver, code
+@pytest.mark.parametrize("code", [*PASSING, *LASTING])
+def test_whichever_operation_fails_at_the_start_the_next_one_resumes_all(
+    monkeypatch, tmp_path, code
 ):
-    with journal_at(tmp_path / "journal.db") as journal:
-        suspect, waiting = accept(journal), accept(journal)
-        journal.claim(now=model.utc_now())
-    monkeypatch.setattr(Failing, "code", code)
+    path = tmp_path / "journal.db"
+    with closing(Journal(path, on_lost=lambda: None)) as journal:
+        journal.open()
+        posted = delivering(journal).id
+        ids = [accept(journal), accept(journal)]
+        claim(journal, limit=1)
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Faulty))
+    monkeypatch.setattr(Faulty, "fails_at", 0)
+    monkeypatch.setattr(Faulty, "code", "")
     number = 1
-    monkeypatch.setattr(Failing, "fails_at", number)
 
-    while start_is_refused():
+    while start_is_refused(path, code, number):
         number += 1
-        monkeypatch.setattr(Failing, "fails_at", number)
-    monkeypatch.setattr(Failing, "fails_at", 0)
-    with serving() as service:
-        jobs = [service.wait_for(job_id) for job_id in (suspect, waiting)]
+    Faulty.fails_at = 0
 
     assert number > 15
-    assert [(job["state"], job["outcome"]) for job in jobs] == [("delivered", "succeeded")] * 2
-    assert {event["data"]["id"] for event in events(receiver.requests)} == {suspect, waiting}
+    with closing(Journal(path, on_lost=lambda: None)) as journal:
+        journal.open()
+        assert [one.job.id for one in claim(journal)] == ids
+        assert journal.job(posted).next_attempt_at == NOW
+        assert journal.job(ids[0]).interrupted == 1

@@ -1,0 +1,405 @@
+"""The journal's file: opened, refused, locked, committed, failing, and lost."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from jobs import storage
+from jobs.errors import ConfigError, JournalLost, Refusal
+from jobs.storage import Storage
+
+SCHEMA = "CREATE TABLE notes (text TEXT NOT NULL UNIQUE) STRICT;"
+
+
+class Notes(Storage):
+    """A storage with one table, that counts how often it was lost and committed durably."""
+
+    def __init__(self, path: Path) -> None:
+        self.losses: list[str] = []
+        self.commits: list[float] = []  # the seconds of each that was durable
+        super().__init__(path, SCHEMA, lambda: self.losses.append("lost"), self.commits.append)
+
+    def note(self, text: str, *, durable: bool = True) -> None:
+        with self.transaction(durable=durable):
+            self.write("INSERT INTO notes VALUES (:text)", text=text)
+
+    def notes(self) -> list[str]:
+        return [row["text"] for row in self.read("SELECT text FROM notes ORDER BY rowid")]
+
+
+class Faulty(sqlite3.Connection):
+    """A connection on which an operation fails, once; they are counted from 1."""
+
+    code, fails_at, operations = "", 0, 0
+
+    def execute(self, *arguments):
+        self.operations += 1
+        if self.operations == self.fails_at:
+            exc = sqlite3.OperationalError("a fault")
+            exc.sqlite_errorname = self.code
+            raise exc
+        return super().execute(*arguments)
+
+    def fail(self, code: str, number: int) -> None:
+        """Have an operation fail, counted from now."""
+        self.code, self.fails_at = code, self.operations + number
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.db"
+
+
+@pytest.fixture
+def reopen(monkeypatch) -> Iterator[Callable[[Path], Notes]]:
+    """Return a function that opens a journal, to be closed at the end."""
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Faulty))
+    with contextlib.ExitStack() as stack:
+
+        def reopen(path: Path) -> Notes:
+            one = stack.enter_context(closing(Notes(path)))
+            one.open()
+            return one
+
+        yield reopen
+
+
+@pytest.fixture
+def opened(path, reopen):
+    return reopen(path)
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A directory of one's own, and no right to write where the permissions forbid it."""
+    user, directory = os.geteuid(), Path(tempfile.mkdtemp())
+    if user == 0:
+        os.chown(directory, 65534, -1)
+        os.seteuid(65534)
+    yield directory
+    os.seteuid(user)
+    directory.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def refusal(path: Path) -> str:
+    """Return the one line with which the start is refused."""
+    with pytest.raises(ConfigError) as caught:
+        Notes(path).open()
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"JOURNAL={str(path)!r}: ")
+    assert "\n" not in problem
+    return problem
+
+
+def after_a_crash(path: Path, *suffixes: str) -> Path:
+    """Return a copy of a journal in use: what a kill -9 would leave."""
+    target = path.with_name("crashed")
+    for suffix in ("", *suffixes):
+        shutil.copy(f"{path}{suffix}", f"{target}{suffix}")
+    return target
+
+
+def refused(operation: Callable[[], object]) -> Refusal | None:
+    """Return why an operation was refused; None when it was not."""
+    try:
+        operation()
+    except Refusal as exc:
+        return exc
+    return None
+
+
+# Opened and closed
+
+
+def test_a_closed_journal_is_one_private_file_with_all_that_was_written(path, opened, reopen):
+    opened.note("a")
+    opened.note("b", durable=False)
+    modes = [Path(f"{path}{suffix}").stat().st_mode & 0o777 for suffix in ("", "-wal")]
+
+    opened.close()
+    opened.close()
+
+    assert modes == [0o600, 0o600]
+    assert {one.name for one in path.parent.iterdir()} == {"journal.db", "journal.db.lock"}
+    assert reopen(path).notes() == ["a", "b"]
+
+
+def test_a_closed_journal_is_not_lost_and_says_that_the_service_stops(opened):
+    opened.close()
+
+    for operation in (partial(opened.note, "a"), opened.notes):
+        assert "stopping" in refused(operation).detail
+    assert (opened.failure, opened.losses) == (None, [])
+
+
+def test_a_pragma_that_does_not_take_refuses_the_start(path, monkeypatch):
+    monkeypatch.setattr(storage, "PRAGMAS", {"journal_mode": "imaginary"})
+
+    assert "cannot use journal_mode=imaginary here, only delete" in refusal(path)
+
+
+def test_a_link_and_a_name_of_odd_bytes_lead_to_the_journal(tmp_path, path, reopen):
+    real = tmp_path / os.fsdecode(b"100% \xff?#&.db")
+    path.symlink_to(real)
+
+    reopen(path).note("a")
+
+    assert reopen(after_a_crash(real, "-wal")).notes() == ["a"]
+
+
+# Refused
+
+
+def run(path: Path, script: str) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.executescript(script)
+
+
+def of_version_1(path: Path) -> None:
+    run(path, f"{SCHEMA} PRAGMA application_id = 0x506F7374; PRAGMA user_version = 2")
+
+
+def damaged(path: Path) -> None:
+    with closing(Notes(path)) as one:
+        one.open()
+        one.note("a" * 50_000)
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b"a letter" * 100), "file is not a database"),
+        (lambda path: run(path, SCHEMA), "is a database of another program: name another file"),
+        (of_version_1, "was written by another version of Postback: name another file"),
+        (damaged, "is damaged ("),
+    ],
+    ids=["no database", "foreign", "version 1", "damaged"],
+)
+def test_what_is_not_a_whole_journal_is_refused_and_left_as_it_is(path, make, reason):
+    make(path)
+    before = path.read_bytes()
+
+    assert reason in refusal(path)
+
+    assert path.read_bytes() == before
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "directory").mkdir()
+
+    assert "Is a directory" in refusal(tmp_path / "directory")
+    assert "No such file or directory" in refusal(tmp_path / "missing" / "journal.db")
+
+
+@pytest.mark.parametrize(("name", "mode"), [("", 0o500), ("journal.db", 0o400)])
+def test_what_cannot_be_written_is_refused(unprivileged, reopen, name, mode):
+    path = unprivileged / "journal.db"
+    reopen(path).close()
+
+    (unprivileged / name).chmod(mode)
+
+    assert "cannot be opened: " in refusal(path)
+
+
+@pytest.mark.parametrize("act", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_journal_that_is_gone_is_refused_and_what_is_left_of_it_stays(path, opened, act):
+    opened.note("a")
+    left = Path(f"{path}-wal").read_bytes()
+    opened.close()
+    act(path)
+    Path(f"{path}-wal").write_bytes(left)
+
+    for _ in range(2):
+        assert "is gone: restore a backup" in refusal(path)
+    assert Path(f"{path}-wal").read_bytes() == left
+
+
+def test_an_empty_file_that_was_never_used_is_a_new_journal(path, reopen):
+    path.touch()
+    Path(f"{path}.lock").write_bytes(b"4711 \xff")  # its first start ended before it had tables
+
+    assert reopen(path).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("cut_bytes", "left"), [(0, ["a", "b"]), (10, ["a"])], ids=["whole", "log cut short"]
+)
+def test_after_a_crash_what_is_whole_is_there(path, opened, reopen, cut_bytes, left):
+    opened.note("a")
+    opened.note("b", durable=False)
+
+    copy = after_a_crash(path, "-wal", ".lock")
+    os.truncate(f"{copy}-wal", Path(f"{copy}-wal").stat().st_size - cut_bytes)
+
+    assert reopen(copy).notes() == left
+
+
+# Transactions
+
+
+def test_only_what_is_durable_waits_for_the_disk(opened):
+    statements: list[str] = []
+    opened._connection.set_trace_callback(statements.append)
+
+    for text, durable in (("a", False), ("b", True), ("c", True)):
+        opened.note(text, durable=durable)
+
+    assert [line.partition(" VALUES ")[2] or line for line in statements] == [
+        *("PRAGMA synchronous = 1", "BEGIN IMMEDIATE", "('a')", "COMMIT"),
+        *("PRAGMA synchronous = 2", "BEGIN IMMEDIATE", "('b')", "COMMIT"),
+        *("BEGIN IMMEDIATE", "('c')", "COMMIT"),
+    ]
+    assert len(opened.commits) == 2
+
+
+def test_what_is_written_inside_of_a_transaction_is_committed_with_it(opened):
+    with opened.transaction(durable=True):
+        opened.note("a")
+        opened.note("b", durable=False)
+        seen = [row["text"] for row in opened.fetch("SELECT text FROM notes")]
+        others = opened.notes()
+
+    assert (seen, others, opened.notes()) == (["a", "b"], [], ["a", "b"])
+    assert len(opened.commits) == 1
+
+
+def test_when_an_inner_transaction_raises_after_a_write_nothing_is_committed(opened):
+    def work() -> None:
+        with opened.transaction(durable=True):
+            opened.note("a")
+            with contextlib.suppress(ValueError), opened.transaction():
+                opened.note("b", durable=False)
+                raise ValueError
+
+    assert "part of the transaction failed" in refused(work).detail
+    assert opened.notes() == []
+
+
+def test_when_an_inner_transaction_raises_before_a_write_the_rest_is_committed(opened):
+    with opened.transaction(durable=True):
+        opened.note("a")
+        with contextlib.suppress(ValueError), opened.transaction(durable=True):
+            raise ValueError
+
+    assert opened.notes() == ["a"]
+
+
+def test_what_must_be_durable_is_no_part_of_what_is_not(opened):
+    with pytest.raises(AssertionError), opened.transaction():
+        opened.note("a")
+
+
+# Faults that pass
+
+
+def test_a_full_disk_refuses_all_of_a_transaction_and_recovers(opened, caplog):
+    opened.note("a")
+    pages = opened.read("PRAGMA page_count")[0][0]
+    opened._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    def fill() -> None:
+        with opened.transaction(durable=True):
+            opened.note("b")
+            for text in ("c" * 100_000, "d"):
+                assert refused(partial(opened.note, text))
+
+    failed = refused(fill)
+    failure = opened.failure
+    opened._connection.execute("PRAGMA max_page_count = 100000")
+    opened.note("e" * 100_000)
+
+    assert (failure, opened.failure) == (failed, None)
+    assert "is full (SQLITE_FULL)" in failed.detail
+    assert (failed.status_code, failed.retry_after_seconds) == (503, 5)
+    assert [len(text) for text in opened.notes()] == [1, 100_000]
+    assert caplog.messages == ["journal failed", "journal recovered"]
+
+
+@pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY"])
+@pytest.mark.parametrize("number", range(1, 14))
+def test_whichever_operation_fails_what_is_acknowledged_is_there(
+    path, opened, reopen, code, number
+):
+    texts = ["a", "b", "c", "d"]
+    connection = opened._connection
+    connection.fail(code, number)
+
+    acknowledged = [text for text in texts if not refused(partial(opened.note, text))]
+
+    assert len(acknowledged) == len(texts) - (connection.operations >= connection.fails_at)
+    assert opened.losses == []
+    assert reopen(after_a_crash(path, "-wal")).notes() == acknowledged
+
+
+def test_when_memory_runs_out_nothing_is_committed(opened):
+    class Small(dict[str, str]):
+        def __getitem__(self, name):
+            raise MemoryError
+
+    def work() -> None:
+        with opened.transaction(durable=True):
+            opened.note("a")
+            with contextlib.suppress(MemoryError):
+                opened._execute("INSERT INTO notes VALUES (:text)", Small())
+
+    assert "no memory" in refused(work).detail
+    assert opened.notes() == []
+
+
+# Faults that do not
+
+
+@pytest.mark.parametrize("code", [*storage.LOST, "SQLITE_CORRUPT_INDEX"])
+@pytest.mark.parametrize("number", [2, 4], ids=["begin", "commit"])
+def test_after_a_fault_of_the_disk_the_journal_is_lost_for_good(opened, caplog, code, number):
+    opened._connection.fail(code, number)
+
+    failures = [refused(partial(opened.note, "a")) for _ in range(2)] + [refused(opened.notes)]
+
+    assert [type(one) for one in failures] == [JournalLost] * 3
+    assert code in failures[0].detail
+    assert (opened.failure, opened.losses) == (failures[0], ["lost"])
+    assert caplog.messages == ["journal lost"]
+
+
+def test_a_read_can_find_that_the_journal_is_lost(opened):
+    opened.notes()
+    opened._readers[0].fail("SQLITE_CORRUPT", 1)
+
+    failures = refused(opened.notes), refused(partial(opened.note, "a"))
+
+    assert [type(one) for one in failures] == [JournalLost] * 2
+
+
+ACTS: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "replaced": lambda path: shutil.copy(path.rename(f"{path}.old"), path),
+    "log removed": lambda path: Path(f"{path}-wal").unlink(),
+    "shared memory removed": lambda path: Path(f"{path}-shm").unlink(),
+    "directory renamed": lambda path: path.parent.rename(f"{path.parent}.old"),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_file_that_is_no_longer_there_is_lost(tmp_path, reopen, act):
+    path = tmp_path / "directory" / "journal.db"
+    path.parent.mkdir()
+    one = reopen(path)
+    one.note("a")
+
+    ACTS[act](path)
+
+    assert "was removed or replaced" in refused(partial(one.note, "b")).detail
+    assert (type(one.failure), one.losses) == (JournalLost, ["lost"])

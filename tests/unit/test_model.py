@@ -1,0 +1,131 @@
+"""Ids, instants, endings and events."""
+
+import inspect
+import json
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import errors, model
+from jobs.model import MOVES, Ending, Job, Outcome, State
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+FIELDS: Any = {"state": State.RUNNING, "postback_url": None, "receiver": "", "forwarded": {}}
+JOB = Job(id="1" * 32, metadata={"order": "é"}, created_at=NOW, **FIELDS)
+BEGAN, ENDED = NOW + timedelta(seconds=1), NOW + timedelta(seconds=2)
+SUCCESS = Ending(
+    outcome=Outcome.SUCCEEDED, result=b'{"a": "\\u00e9"}', started_at=BEGAN, finished_at=ENDED
+)
+
+
+def event(ending: Ending, *, max_bytes: int = 10_000) -> model.Event:
+    return model.event_of(JOB, ending, max_bytes=max_bytes, job_url="http://here/jobs/1")
+
+
+def test_the_moves_lead_from_every_state_to_every_state():
+    assert set(MOVES) == set(State) == set().union(*MOVES.values())
+
+
+def test_ids_are_32_hexadecimal_digits_that_sort_by_age_and_differ():
+    ids = [model.new_id(NOW + timedelta(milliseconds=number // 9)) for number in range(900)]
+
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
+    assert len(set(ids)) == 900
+    assert [one[:12] for one in sorted(ids)] == [one[:12] for one in ids]
+
+
+ZONES = st.sampled_from([UTC, timezone(timedelta(hours=-9))])
+INSTANTS = st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 1), timezones=ZONES)  # noqa: DTZ001
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(INSTANTS))
+def test_an_instant_has_one_form_whose_order_is_time_order(some):
+    texts = [model.text_of(one) for one in sorted(some)]
+
+    assert texts == sorted(texts)
+    for one, text in zip(sorted(some), texts, strict=True):
+        assert re.fullmatch(r"\d{4}(-\d\d){2}T\d\d(:\d\d){2}\.\d{3}Z", text)
+        assert timedelta(0) <= one - datetime.fromisoformat(text) < timedelta(milliseconds=1)
+
+
+# Events
+
+
+def test_an_event_has_every_field_of_the_contract():
+    posted = event(SUCCESS)
+
+    assert json.loads(posted.body) == {
+        "type": "job.succeeded",
+        "timestamp": "2026-01-02T03:04:07.678Z",
+        "data": {
+            "id": JOB.id,
+            "outcome": "succeeded",
+            "result": {"a": "é"},
+            "error": None,
+            "metadata": {"order": "é"},
+            "created_at": "2026-01-02T03:04:05.678Z",
+            "started_at": "2026-01-02T03:04:06.678Z",
+            "finished_at": "2026-01-02T03:04:07.678Z",
+        },
+    }
+    assert posted.body[posted.result_at : -2] == SUCCESS.result
+    assert (posted.result, posted.result_key) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome", "message"),
+    [
+        (model.timed_out(0.5), "timed_out", "The analysis took longer than JOB_TIMEOUT, 0.5 s."),
+        (model.canceled(), "canceled", "The job was canceled."),
+        (model.crashed("It ended."), "crashed", "It ended."),
+    ],
+    ids=["timed out", "canceled", "crashed"],
+)
+def test_an_ending_without_a_result_is_posted_with_its_error(ending, outcome, message):
+    document = json.loads(event(ending, max_bytes=1).body)
+
+    assert document["type"] == f"job.{outcome}"
+    assert document["data"]["error"] == {"type": outcome, "message": message}
+    assert document["data"]["result"] is document["data"]["started_at"] is None
+
+
+def test_an_error_may_contain_any_text_and_is_cut():
+    ending = model.without_result(Outcome.FAILED, "ValueError", "a\ud800é" + "x" * 3000)
+
+    assert ending.error["message"] == "a?é" + "x" * 1997
+
+
+def test_an_event_over_the_limit_links_to_its_result_by_a_key_that_cannot_be_guessed():
+    large = replace(SUCCESS, result=b'"' + b"x" * 1000 + b'"')
+    whole = event(large)
+
+    thin, other = (event(large, max_bytes=len(whole.body) - 1) for _ in range(2))
+    data = json.loads(thin.body)["data"]
+
+    assert event(large, max_bytes=len(whole.body)) == whole
+    assert (thin.result, thin.result_at, "result" in data) == (large.result, None, False)
+    assert data["result_url"] == f"http://here/jobs/1/result?key={thin.result_key}"
+    assert data["result_bytes"] == 1002
+    assert data["result_sha256"] == sha256(large.result or b"").hexdigest()
+    assert len(str(thin.result_key)) >= 20
+    assert thin.result_key != other.result_key
+
+
+# Errors
+
+
+def test_the_picture_of_the_errors_shows_all_of_them():
+    classes = dict(inspect.getmembers(errors, inspect.isclass))
+
+    shown = re.findall(r"^[│└├─ ]*(\w+) {2,}", errors.__doc__, re.MULTILINE)
+
+    assert sorted(shown) == sorted(
+        name for name, one in classes.items() if one.__module__ == errors.__name__
+    )
