@@ -1,178 +1,40 @@
 """What happens, counted: Prometheus text for `GET /metrics`, and the last hour for the page.
 
 Owns prometheus_client. Counters and histograms count from the start of the process. What the
-journal knows anyway is read from it when somebody asks, so it is right after a restart too.
+journal knows is read from it at each request, so it is also right after a restart.
 """
 
+import functools
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import prometheus_client
-from prometheus_client import Histogram
-from prometheus_client.core import GaugeMetricFamily
 
 from jobs import model
 from jobs.journal import Journal
-from jobs.model import State
-from jobs.runner import Observer
+from jobs.model import Outcome, State
 from web.logs import Answer
 
 #: What kind of text `Metrics.text` returns.
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 
-#: Bounds of histograms, in seconds: of what should be over at once, and of what may take long.
+#: Bounds of histograms in seconds: for what should take no time, and for what may take long.
 SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 LONG = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200)
 
-#: Minutes that the page shows.
+#: Minutes that the page shows, and what it shows of each.
 MINUTES = 60
+COUNTED = ("accepted", "delivered", "undelivered")
 
-#: Answer times are kept for the page in steps of this factor: their p99 is right within 10 %.
+#: For the page, answer times are kept in steps of this factor, so their p99 is right within 10 %.
 STEP = 1.1
 
-#: The route whose answer times the page shows: the one that makes a promise.
-PROCESS = ("POST", "/process")
 
-
-class Metrics(Observer):
-    """Counts what it is told. Every method may be called from any thread."""
-
-    def __init__(self, clock: Callable[[], datetime] = model.utc_now) -> None:
-        self._clock = clock
-        self._hour = _Hour()
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = registry = prometheus_client.CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
-            return prometheus_client.Counter(f"postback_{name}", text, labels, registry=registry)
-
-        def histogram(
-            name: str, text: str, bounds: tuple[float, ...], *labels: str
-        ) -> prometheus_client.Histogram:
-            full_name = f"postback_{name}_seconds"
-            return Histogram(full_name, text, labels, buckets=bounds, registry=registry)
-
-        self._accepted = counter("jobs_accepted", "Jobs committed and answered")
-        text = "POST /process that left no trace"
-        self._refused = cache(counter("jobs_refused", text, "reason").labels)
-        self._finished = cache(counter("jobs_finished", "Analyses that ended", "outcome").labels)
-        self._ended = cache(counter("jobs_ended", "Jobs delivered or given up", "state").labels)
-        self._attempts = cache(counter("attempts", "Attempts made at postbacks", "result").labels)
-        text, names = "From a request to its answer", ("method", "route", "status_code")
-        self._answer = cache(histogram("answer", text, SHORT, *names).labels)
-        self._commit = histogram("commit", "Until what was promised is on the disk", SHORT)
-        self._attempt = histogram("attempt", "One attempt at a postback", LONG)
-        self._waiting = histogram("waiting", "From the answer to the start of the analysis", LONG)
-        self._running = histogram("running", "From the start of the analysis to its end", LONG)
-        self._delivery = histogram("delivery", "From the answer to delivered; no resends", LONG)
-        for outcome in model.Outcome:
-            self._finished(outcome)
-        for state in (State.DELIVERED, State.UNDELIVERED):
-            self._ended(state)
-
-    # What happens
-
-    def answered(self, answer: Answer) -> None:
-        """Count one answer of the service."""
-        # Without a route the method is whatever a caller made up: no label for each.
-        method = answer.method if answer.route != "none" else "any"
-        self._answer(method, answer.route, answer.status_code).observe(answer.seconds)
-        if (method, answer.route) == PROCESS:
-            self._hour.answered(self._clock(), answer.seconds)
-            if answer.error:
-                self._refused(_reason(answer.error)).inc()
-
-    def settled(self, seconds: float) -> None:
-        """Count one wait for the disk."""
-        self._commit.observe(seconds)
-
-    def accepted(self, job: model.Job) -> None:
-        """Count a job that was committed."""
-        self._accepted.inc()
-        self._hour.count(job.created_at, "accepted")
-
-    def finished(self, job: model.Job) -> None:
-        """Count an analysis that ended."""
-        self._finished(job.outcome).inc()
-        if job.started_at and job.finished_at:  # one canceled before it began has no start
-            self._waiting.observe(_seconds(job.created_at, job.started_at))
-            self._running.observe(_seconds(job.started_at, job.finished_at))
-
-    def attempted(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
-        """Count an attempt, and the end of the job where it was the last."""
-        self._attempts(_result(attempt)).inc()
-        self._attempt.observe(attempt.duration_seconds)
-        if state is State.DELIVERING:
-            return
-        now = self._clock()
-        self._ended(state).inc()
-        self._hour.count(now, state)
-        if state is State.DELIVERED and not job.resent_after:
-            self._delivery.observe(_seconds(job.created_at, now))
-
-    # What is asked
-
-    def watch(self, journal: Journal, outlived: Callable[[], int]) -> None:
-        """Ask the journal, too, whenever the metrics are asked for.
-
-        Args:
-            journal: It must be open by then.
-            outlived: Returns how many threads run an analysis whose job has ended.
-        """
-        self._registry.register(_Collector(journal, outlived, self._clock))
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus' text format.
-
-        Raises:
-            JournalError: The journal cannot be read.
-        """
-        return prometheus_client.generate_latest(self._registry)
-
-    def hour(self) -> list[dict[str, Any]]:
-        """Return the last 60 minutes, the oldest first, as far as this process has seen them."""
-        return self._hour.rows(self._clock())
-
-
-class _Collector:
-    """Reads gauges where their values are known."""
-
-    def __init__(
-        self, journal: Journal, outlived: Callable[[], int], clock: Callable[[], datetime]
-    ) -> None:
-        self._journal = journal
-        self._outlived = outlived
-        self._clock = clock
-
-    def describe(self) -> list[Any]:
-        """Return nothing: the journal is not to be read when this is registered."""
-        return []
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        now = self._clock()
-        jobs = GaugeMetricFamily("postback_jobs", "Jobs not delivered", labels=["state"])
-        ages = GaugeMetricFamily(
-            "postback_oldest_job_age_seconds", "Age of the oldest job", labels=["state"]
-        )
-        for state, count, created_at in self._journal.census():
-            jobs.add_metric([state], count)
-            ages.add_metric([state], _seconds(created_at, now) if created_at else 0.0)
-        yield jobs
-        yield ages
-        size_bytes = self._journal.size_bytes()
-        yield GaugeMetricFamily("postback_journal_bytes", "Size of the journal", value=size_bytes)
-        text = "Threads whose analysis goes on after its time-out or cancel"
-        yield GaugeMetricFamily("postback_outlived_threads", text, value=self._outlived())
-
-
-@dataclass(slots=True)
-class _Minute:
+class _Minute(NamedTuple):
     """One minute.
 
     Attributes:
@@ -180,73 +42,136 @@ class _Minute:
     """
 
     begins_at: datetime
-    counts: Counter[str] = field(default_factory=Counter)
-    answers: Counter[int] = field(default_factory=Counter)
-
-    def p99_seconds(self) -> float | None:
-        left = self.answers.total() * 0.99
-        for step in sorted(self.answers):
-            left -= self.answers[step]
-            if left <= 0:
-                return round(STEP**step, 6)
-        return None
+    counts: dict[str, int]
+    answers: Counter[int]
 
 
-class _Hour:
-    """The last minutes, in memory."""
+class Metrics:
+    """Counts what happens. Every method may be called from any thread."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    _journal: Journal
+
+    def __init__(self, clock: Callable[[], datetime] = model.utc_now) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # guards the minutes
         self._minutes: deque[_Minute] = deque(maxlen=MINUTES)
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = prometheus_client.CollectorRegistry()
+        options: dict[str, Any] = {"namespace": "postback", "registry": self._registry}
+        counter: Any = functools.partial(prometheus_client.Counter, **options)
+        gauge: Any = functools.partial(prometheus_client.Gauge, **options)
+        seconds: Any = functools.partial(prometheus_client.Histogram, unit="seconds", **options)
+        self._accepted = counter("jobs_accepted", "Jobs committed and answered")
+        self._refused = counter("jobs_refused", "Requests that left no trace", ["reason"])
+        self._finished = counter("jobs_finished", "Analyses that ended", ["outcome"])
+        #: Counts an analysis that raised an exception and is run again.
+        self.retried = counter("analyses_retried", "Failed analyses that are run again").inc
+        self._ended = counter("jobs_ended", "Jobs delivered or undelivered", ["state"])
+        self._attempts = counter("attempts", "Attempts at postbacks", ["result"])
+        names = ("method", "route", "status_code")
+        self._answer = seconds("answer", "From a request to its answer", names, buckets=SHORT)
+        #: Counts the seconds of one durable commit.
+        self.committed = seconds("commit", "One durable commit", buckets=SHORT).observe
+        self._attempt = seconds("attempt", "One attempt at a postback", buckets=LONG)
+        self._waiting = seconds("waiting", "From the answer to the start", buckets=LONG)
+        self._running = seconds("running", "From an analysis' start to its end", buckets=LONG)
+        self._delivery = seconds("delivery", "From the answer to delivered", buckets=LONG)
+        self._jobs = gauge("jobs", "Jobs that are not delivered", ["state"])
+        self._ages = gauge("oldest_job_age_seconds", "Age of the oldest job", ["state"])
+        self._size = gauge("journal_bytes", "Size of the journal")
+        for outcome in Outcome:
+            self._finished.labels(outcome)
+        for state in (State.DELIVERED, State.UNDELIVERED):
+            self._ended.labels(state)
 
-    def count(self, now: datetime, what: str) -> None:
+    def watch(self, journal: Journal) -> None:
+        """Read this journal whenever the metrics are asked for."""
+        self._journal = journal
+
+    def answered(self, answer: Answer) -> None:
+        """Count one answer of the service."""
+        # Without a route the method is whatever a caller made up, so it gets no label of its own.
+        method = answer.method if answer.route != "none" else "any"
+        self._answer.labels(method, answer.route, answer.status_code).observe(answer.seconds)
+        is_process = (method, answer.route) == ("POST", "/process")
+        if is_process:
+            step = math.ceil(math.log(max(answer.seconds, 1e-6), STEP))
+            with self._lock:
+                self._minute(self._clock()).answers[step] += 1
+        if answer.reason and (is_process or answer.route == "none"):  # by the server itself
+            self._refused.labels(answer.reason.lower().replace(" ", "_")).inc()
+
+    def accepted(self, job: model.Job) -> None:
+        """Count a job that was committed."""
+        self._accepted.inc()
+        self._count(job.created_at, "accepted")
+
+    def ended_analysis(
+        self, job: model.Job, outcome: Outcome, started_at: datetime | None, finished_at: datetime
+    ) -> None:
+        """Count an analysis that ended. One that was canceled before has no start."""
+        self._finished.labels(outcome).inc()
+        if started_at:
+            self._waiting.observe(_seconds(job.created_at, started_at))
+            self._running.observe(_seconds(started_at, finished_at))
+
+    def attempted(self, job: model.Job, attempt: model.Attempt, state: State) -> None:
+        """Count an attempt, and the end of the job if it was the last one."""
+        status_code = attempt.status_code
+        result = f"{status_code // 100}xx" if status_code else "no_answer"
+        self._attempts.labels("delivered" if attempt.delivered else result).inc()
+        self._attempt.observe(attempt.duration_seconds)
+        if state is State.DELIVERING:
+            return
+        now = self._clock()
+        self._ended.labels(state).inc()
+        self._count(now, state)
+        if state is State.DELIVERED and not job.resent_after:
+            self._delivery.observe(_seconds(job.created_at, now))
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format.
+
+        Raises:
+            JournalError: The journal cannot be read.
+        """
+        now = self._clock()
+        for state, count, created_at in self._journal.census():
+            self._jobs.labels(state).set(count)
+            self._ages.labels(state).set(_seconds(created_at or now, now))
+        self._size.set(self._journal.size_bytes())
+        return prometheus_client.generate_latest(self._registry)
+
+    def hour(self) -> list[dict[str, Any]]:
+        """Return the last 60 minutes, the oldest first, as far as this process has seen them."""
+        earliest = self._clock() - timedelta(minutes=MINUTES)
+        with self._lock:
+            return [
+                {"at": model.text_of(begins_at), **counts, "p99_seconds": _p99_seconds(answers)}
+                for begins_at, counts, answers in self._minutes
+                if begins_at > earliest
+            ]
+
+    def _count(self, now: datetime, what: str) -> None:
         with self._lock:
             self._minute(now).counts[what] += 1
 
-    def answered(self, now: datetime, seconds: float) -> None:
-        step = math.ceil(math.log(max(seconds, 1e-6), STEP))
-        with self._lock:
-            self._minute(now).answers[step] += 1
-
-    def rows(self, now: datetime) -> list[dict[str, Any]]:
-        earliest = _minute_of(now) - timedelta(minutes=MINUTES - 1)
-        with self._lock:
-            return [
-                {
-                    "at": model.text_of(minute.begins_at),
-                    **{name: minute.counts[name] for name in _COUNTED},
-                    "p99_seconds": minute.p99_seconds(),
-                }
-                for minute in self._minutes
-                if minute.begins_at >= earliest
-            ]
-
     def _minute(self, now: datetime) -> _Minute:
-        begins_at = _minute_of(now)
+        begins_at = now.replace(second=0, microsecond=0)
         # A clock that is set back goes on counting in the latest minute.
         if not self._minutes or self._minutes[-1].begins_at < begins_at:
-            self._minutes.append(_Minute(begins_at))
+            self._minutes.append(_Minute(begins_at, dict.fromkeys(COUNTED, 0), Counter()))
         return self._minutes[-1]
 
 
-_COUNTED = ("accepted", "delivered", "undelivered")
-
-
-def _minute_of(instant: datetime) -> datetime:
-    return instant.replace(second=0, microsecond=0)
+def _p99_seconds(answers: Counter[int]) -> float | None:
+    left = answers.total() * 0.99
+    for step in sorted(answers):
+        left -= answers[step]
+        if left <= 0:
+            return round(STEP**step, 6)
+    return None
 
 
 def _seconds(begin: datetime, end: datetime) -> float:
     return max(0.0, (end - begin).total_seconds())  # the clock may have been set back
-
-
-def _result(attempt: model.Attempt) -> str:
-    if attempt.delivered:
-        return "delivered"
-    return f"{attempt.status_code // 100}xx" if attempt.status_code else "no_answer"
-
-
-def _reason(error: Exception) -> str:
-    """Return `full` for a FullError, `too_large` for a TooLargeError."""
-    words = type(error).__name__.removesuffix("Error")
-    return "".join(f"_{char.lower()}" if char.isupper() else char for char in words)[1:]

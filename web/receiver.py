@@ -1,6 +1,8 @@
-"""The built-in receiver: verify, drop duplicates, store, list. Alone by `python -m web.receiver`.
+"""The built-in receiver: verify postbacks, drop duplicates, store them, and list them.
 
-It answers 200 only after its commit, and 401 or 400, never 500, to garbage.
+`./run receiver` runs it alone, and prints what it receives. POSTBACK_SECRET verifies postbacks,
+API_TOKEN protects their list, and RETENTION is how long they are stored. It answers 200 only after
+its commit. It answers garbage with 401 or 400, never 500.
 """
 
 import argparse
@@ -12,28 +14,36 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import bottle
 
+import config
 from jobs import errors, model
-from jobs.journal import Journal, Received
-from web import intake, logs, server, signatures
+from jobs.journal import Journal
+from web import intake, logs, signatures
+from web.server import Application, Server
 
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
 
+#: Levels of arrays and objects in an event. A deeper one could be read but not listed.
+MAX_DEPTH = 200
+
 #: The largest event that a receiver alone takes: as large as a result may be.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
-#: A signal is seen after this many seconds at the latest.
-WAIT_SECONDS = 0.5
+#: A receiver alone removes old postbacks so often, at most so many each time.
+PRUNE_SECONDS = 10.0
+PRUNE_LIMIT = 1000
 
-#: Levels of arrays and objects in an event, or it could be read but not be listed.
-MAX_DEPTH = 200
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+log = logging.getLogger("postback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,125 +51,115 @@ class Receiver:
     """Takes postbacks in, each once.
 
     Attributes:
-        secrets: With none, any postback is taken.
-        show: Is given a line for each postback.
+        secrets: Without one, every postback is taken.
+        show: Is called with a line for each new postback.
     """
 
     journal: Journal
-    _: KW_ONLY
     secrets: Sequence[str]
     max_body_bytes: int
     show: Callable[[str], None] = lambda _: None
 
     def receive(self) -> dict[str, str]:
-        """Answer POST /postprocessed: verify, commit, answer."""
-        body = intake.read_body(bottle.request.environ, max_bytes=self.max_body_bytes)
+        """Answer POST /postprocessed: verify and store. The commit and the answer follow."""
+        environ, now = bottle.request.environ, model.utc_now()
+        body = intake.read_body(environ, max_bytes=self.max_body_bytes)
         headers = {name: bottle.request.headers.raw(name, "") for name in signatures.HEADERS}
-        now = model.utc_now()
         if self.secrets:
             signatures.verify(self.secrets, headers, body, now=now)
         _check_event(body)
-        postback = Received(
-            webhook_id=headers["webhook-id"] or hashlib.sha256(body).hexdigest(),
-            received_at=now,
-            signature="good" if self.secrets else "none",
-            body=body,
-        )
-        if not self.journal.receive(postback):
+        webhook_id = headers["webhook-id"] or hashlib.sha256(body).hexdigest()
+        signature = "good" if self.secrets else "none"
+        if not self.journal.receive(
+            webhook_id=webhook_id, received_at=now, signature=signature, body=body
+        ):
             return {"status": "duplicate"}
-        with contextlib.suppress(Exception):  # a closed terminal must not undo what is committed
-            # By ascii(): what is shown must not steer the terminal.
-            shown = ascii(body[:MAX_SHOWN].decode(errors="replace"))[1:-1]
-            self.show(f"postback received {ascii(postback.webhook_id)[1:-1]} {shown}")
+        # As ASCII, so that it cannot steer a terminal.
+        shown = ascii(f"{webhook_id} {body[:MAX_SHOWN].decode(errors='replace')}")[1:-1]
+        environ["postback.after"].append(lambda: self.show(f"postback received {shown}"))
         return {"status": "received"}
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
         """Answer GET /postprocessed: what was received, newest first."""
-        return {
-            "received": [
-                {
-                    "webhook_id": postback.webhook_id,
-                    "received_at": model.text_of(postback.received_at),
-                    "signature": postback.signature,
-                    "event": json.loads(postback.body),
-                }
-                for postback in self.journal.received(limit=limit)
-            ]
-        }
+        received = [
+            {
+                "webhook_id": one.webhook_id,
+                "received_at": model.text_of(one.received_at),
+                "signature": one.signature,
+                "event": json.loads(one.body),
+            }
+            for one in self.journal.received(limit=limit)
+        ]
+        return {"received": received}
 
 
 def main() -> None:
-    """Run a receiver alone, until it is told to stop."""
-    parser = argparse.ArgumentParser(
-        prog="python -m web.receiver",
-        description="Receive postbacks and print them. POSTBACK_SECRET, when set, is verified.",
-    )
+    """Run a receiver alone, until a signal stops it."""
+    parser = argparse.ArgumentParser(prog="./run receiver", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8081, help="0 for any that is free")
+    parser.add_argument("--port", type=int, default=8081, help="0 is any free one")
     parser.add_argument("--journal", type=Path, default=Path("received.db"))
     options = parser.parse_args()
-    logs.configure("info", "text")
+    # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    journal = Journal(options.journal, on_lost=lambda: os._exit(74))
     try:
-        _serve(options.host, options.port, options.journal, _secrets(os.environ))
-    except errors.ConfigError as exc:
-        sys.exit(f"{exc}")
-
-
-def _leave() -> None:  # pragma: no cover - it ends the process, and what was measured with it
-    """End the process because the journal is lost, once the log tells it."""
-    logging.shutdown()
-    os._exit(74)
-
-
-def _serve(host: str, port: int, journal_path: Path, secrets: Sequence[str]) -> None:
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    journal = Journal(journal_path, on_lost=_leave)
-    journal.open()
-    receiver = Receiver(
-        journal,
-        secrets=secrets,
-        max_body_bytes=MAX_BODY_BYTES,
-        show=lambda text: print(text, flush=True),
-    )
-    application = server.Application()
-    application.serve("POST", "/postprocessed", receiver.receive)
-    application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
-    listening = server.Server(host=host, port=port, max_body_bytes=MAX_BODY_BYTES)
-    listening.start(application, settle=journal.settle)
-    url = f"http://{host}:{listening.port}/postprocessed"
-    print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}", flush=True)
-    while not stop.wait(WAIT_SECONDS):
-        pass  # a signal that reaches another thread is seen only when this one runs
-    listening.stop()
+        settings = config.load()
+        logs.configure(settings.log_level, settings.log_format)
+        journal.open()
+        server = Server(host=options.host, port=options.port, max_body_bytes=MAX_BODY_BYTES)
+    except (errors.ConfigError, errors.JournalError) as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(78)
+    application = _application(options.host, journal, settings)
+    server.start(application, lambda: journal.transaction(durable=True))
+    threading.Thread(target=_prune, args=(journal, settings), daemon=True).start()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{server.port}/postprocessed"
+    _print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}")
+    signal.sigwait(SIGNALS)
+    server.stop()
     journal.close()
 
 
-def _secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
-    path = environment.get("POSTBACK_SECRET_FILE")
-    try:
-        text = Path(path).read_text() if path else environment.get("POSTBACK_SECRET", "")
-        secrets = signatures.read_secrets(text)
-    except (OSError, ValueError) as exc:
-        raise errors.ConfigError([f"POSTBACK_SECRET=***: {exc}"]) from exc
-    if path and not secrets:
-        raise errors.ConfigError([f"POSTBACK_SECRET_FILE={path!r}: the file holds no secret"])
-    return secrets
+def _application(host: str, journal: Journal, settings: config.Config) -> Application:
+    secrets, tokens = settings.postback_secret, settings.api_token
+    is_local = host in ("localhost", "127.0.0.1", "::1")
+    if not (is_local or secrets):
+        log.warning("anyone can post results: set POSTBACK_SECRET", extra={"host": host})
+    receiver = Receiver(journal, secrets=secrets, max_body_bytes=MAX_BODY_BYTES, show=_print)
+    application = Application(tokens, frozenset() if is_local and not tokens else None)
+    application.serve("POST", "/postprocessed", receiver.receive, open_to_all=True)
+    application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
+    return application
+
+
+def _prune(journal: Journal, settings: config.Config) -> None:
+    """Remove postbacks that are older than any attempt that could repeat them."""
+    seconds = max(settings.retention_seconds, sum(settings.postback_schedule_seconds))
+    while True:
+        with contextlib.suppress(errors.JournalError):  # logged where it was found
+            before = model.utc_now() - timedelta(seconds=seconds)
+            journal.prune_received(before=before, limit=PRUNE_LIMIT)
+        threading.Event().wait(PRUNE_SECONDS)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        print(text, flush=True)
 
 
 def _check_event(body: bytes) -> None:
-    # Not as strict as for callers: what a sender's analysis returns is not ours to judge.
+    """Refuse what could not be listed. Otherwise, an event is whatever an analysis returned."""
     try:
-        event = json.loads(
-            body.decode(), parse_constant=intake.refuse_constant, parse_float=intake.finite
-        )
-    except (ValueError, RecursionError) as exc:
-        raise errors.MalformedError(f"The event is not JSON in UTF-8: {exc}.") from exc
-    if not isinstance(event, dict):
-        raise errors.MalformedError("The event is not a JSON object.")
-    if model.depth_of(event) > MAX_DEPTH:
-        raise errors.MalformedError(f"The event is nested deeper than {MAX_DEPTH} levels.")
+        event = json.loads(body.decode())
+        json.dumps(event, allow_nan=False)
+        is_fit = isinstance(event, dict) and intake.depth_of(event) <= MAX_DEPTH
+    except (ValueError, RecursionError):
+        is_fit = False
+    if not is_fit:
+        detail = f"The event is not a JSON object in UTF-8, of at most {MAX_DEPTH} levels."
+        raise errors.Refusal(400, "Invalid request", detail)
 
 
 if __name__ == "__main__":

@@ -1,480 +1,479 @@
-"""The server, and what every answer has in common: limits, tokens, problems in JSON.
+"""The server, and what all answers have in common: limits, tokens, problems in JSON.
 
-Owns bottle's application object and waitress. What is refused is raised; here, and only here, it
-becomes an `application/problem+json` document (RFC 9457) with the status of the error.
+Owns bottle's application object and waitress. One loop reads requests, answers the short ones of
+each turn in one transaction, and sends these answers after its commit. All other requests may take
+long, so waitress's own threads answer them. What is refused is raised. Here, and only here, it
+becomes an `application/problem+json` document (RFC 9457).
 """
 
 import contextlib
-import errno
 import hmac
 import json
 import logging
-import os
-import queue
+import math
+import re
 import resource
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import bottle
 from waitress import wasyncore
-from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 
-from jobs import cores, errors
+from jobs import errors
 from web import intake, logs
 
-#: The status of each error; a subclass stands before its base.
-STATUS_CODES: dict[type[errors.Error], int] = {
-    errors.MalformedError: 400,
-    errors.UnauthorizedError: 401,
-    errors.JobNotFoundError: 404,
-    errors.MoveError: 409,
-    errors.LengthRequiredError: 411,
-    errors.TooLargeError: 413,
-    errors.MediaTypeError: 415,
-    errors.KeyReusedError: 422,
-    errors.ReceiverRefusedError: 422,
-    errors.UnavailableError: 503,
-}
+#: Requests that the loop itself answers when their body has at most SHORT_BYTES. They share
+#: commits, and no thread has to be woken for them.
+SHORT = frozenset({("POST", "/process"), ("POST", "/postprocessed"), ("GET", "/livez")})
+SHORT_BYTES = 64 * 1024
 
-#: What the framework itself refuses; its own words would repeat the URL.
-_DETAILS = {
-    404: "There is nothing at this path: see GET /openapi.json, or the README.",
-    413: "The body is far too large: send at most MAX_BODY bytes.",
-    405: "This path does not take this method: the header Allow names those it takes.",
-    500: "The service failed: what happened is in its log.",
-}
+#: Answers that wait for one commit.
+MAX_TURN = 64
 
-#: Threads that answer requests.
-THREADS = 4
+#: Seconds after which the loop looks at its deadlines, even if nothing happened.
+TICK_SECONDS = 1.0
 
-#: Answers that one thread keeps at most, and for how long it takes on others, before they leave.
-MAX_KEPT = 32
-MAX_KEPT_SECONDS = 0.005
+#: Seconds until the loop goes on after an error that nobody expected.
+PAUSE_SECONDS = 0.05
 
-#: A connection to which so much is unsent is closed, if its caller asks for more.
+#: A connection with more than this unsent gets one more answer, and is then closed.
 MAX_UNSENT_BYTES = 16 * 1024 * 1024
 
-#: Until a stop no longer waits for the threads that answer.
-SHUTDOWN_SECONDS = 5.0
-
-#: Connections at most; a half-sent request holds one until it has been silent for the timeout.
+#: Connections at most. A half-sent request has one until it was silent for SILENCE_SECONDS.
 CONNECTIONS = 5000
 SILENCE_SECONDS = 20
-SWEEP_SECONDS = 5
 
-#: Until a connection is accepted that could not be, or after a failure nobody expected. Nothing
-#: is answered meanwhile.
-ACCEPT_PAUSE_SECONDS = 0.05
+#: A stop waits so long for the answers to what was asked.
+STOP_SECONDS = 5.0
 
-#: Room above the largest body, so that ours is the rule which refuses it.
+#: Before a connection is closed, so much is read and thrown away, for so long. Otherwise a caller
+#: that sends a whole body before it reads could not read why it is refused (RFC 9112, 9.6).
+LINGER_BYTES = 1024 * 1024
+LINGER_SECONDS = 2.0
+
+#: Room above the largest body, so that our own rule refuses a body that is just too large.
 HEADROOM_BYTES = 64 * 1024
+
+#: What bottle and waitress refuse. Their own words would repeat the URL or name other limits.
+_DETAILS = {
+    404: "There is nothing at this path; see GET /openapi.json.",
+    405: "This path does not allow this method; the header Allow lists the methods it allows.",
+    413: "The body is far too large; send at most MAX_BODY bytes.",
+    431: "The headers are too large; send at most 32 KiB.",
+    500: "The service failed; its log says why.",
+}
+
+_PAGE_PATH = Path(__file__).with_name("page")
+
+#: Nothing from elsewhere and nothing inline, so that no text from outside becomes a script.
+_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+_LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1")
 
 log = logging.getLogger("postback")
 
-Handler = Callable[..., Any]
-
-
-class Problem(bottle.HTTPError):  # type: ignore[misc]
-    """An answer that refuses, with a text that tells the caller what to do."""
-
 
 class Application(bottle.Bottle):  # type: ignore[misc]
-    """A bottle application that refuses in JSON only, and asks for the token."""
+    """A bottle application that refuses in JSON only.
 
-    def __init__(self, api_token: str | None = None) -> None:
+    Args:
+        api_tokens: Any of them opens the routes. Without one, the routes are open.
+        allowed_hosts: What a Host header may name beside this machine; None for anything. A page
+            that a browser loaded from elsewhere names another host (DNS rebinding).
+    """
+
+    def __init__(
+        self, api_tokens: tuple[str, ...] = (), allowed_hosts: frozenset[str] | None = None
+    ) -> None:
         super().__init__()
-        self._api_token = api_token
+        self.config["catchall"] = False  # the server answers what is raised
+        self._api_tokens = [token.encode() for token in api_tokens]
+        self._allowed_hosts = allowed_hosts
 
-    def serve(self, method: str, path: str, handler: Handler, *, open_to_all: bool = False) -> None:
+    def serve(
+        self, method: str, path: str, handler: Callable[..., Any], *, open_to_all: bool = False
+    ) -> None:
         """Add a route. One that is open to all needs no token."""
-        self.route(path, method, self._guarded(handler, open_to_all=open_to_all))
 
-    def default_error_handler(self, res: bottle.HTTPError) -> str:
-        """Return the problem document of an answer that refuses."""
-        status_code = res.status_code
-        detail = res.body if isinstance(res, Problem) else _DETAILS.get(status_code, res.body)
-        bottle.response.content_type = "application/problem+json"
-        return _document(status_code, detail)
+        def guarded(**url_args: str) -> Any:
+            self._check_host(bottle.request.environ.get("HTTP_HOST", "localhost"))
+            if not open_to_all:
+                self.check_token(bottle.request.environ)
+            return handler(**url_args)
 
-    def _guarded(self, handler: Handler, *, open_to_all: bool) -> Handler:
-        """Wrap a handler: the token first, and then whatever it raises becomes a problem."""
+        self.route(path, method, guarded)
 
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                if self._api_token is not None and not open_to_all:
-                    self._check_token(self._api_token)
-                return handler(*args, **kwargs)
-            except errors.Error as exc:
-                bottle.request.environ["postback.error"] = exc
-                return problem(exc)
-            except Exception:
-                log.exception("request failed", extra={"path": bottle.request.route.rule})
-                return Problem(500, _DETAILS[500])
+    def serve_page(self) -> None:
+        """Add the page and its files. They contain no data, so they need no token."""
 
-        return guarded
+        def page(name: str = "index.html") -> Any:
+            return bottle.static_file(name, root=_PAGE_PATH, headers=_PAGE_HEADERS)
 
-    def _check_token(self, expected: str) -> None:
-        given = intake.bearer_token(bottle.request.environ) or ""
-        if not hmac.compare_digest(given.encode(), expected.encode()):
-            raise errors.UnauthorizedError("Send the token as Authorization: Bearer <API_TOKEN>.")
+        self.serve("GET", "/", page, open_to_all=True)
+        self.serve("GET", "/page/<name>", page, open_to_all=True)
 
+    def check_token(self, environ: Mapping[str, Any]) -> None:
+        """Refuse a request without one of the tokens."""
+        given = (intake.bearer_token(environ) or "").encode()
+        tokens = self._api_tokens
+        if tokens and not any(hmac.compare_digest(given, token) for token in tokens):
+            detail = "Send the token as Authorization: Bearer <API_TOKEN>."
+            raise errors.Refusal(401, "Unauthorized", detail)
 
-def _document(status_code: int, detail: str) -> str:
-    title = HTTPStatus(status_code).phrase
-    return json.dumps(
-        {"type": "about:blank", "title": title, "status": status_code, "detail": detail}
-    )
+    def default_error_handler(self, res: bottle.HTTPError) -> bottle.HTTPResponse:
+        """Return the problem document for what bottle itself refuses."""
+        detail = _DETAILS.get(res.status_code, str(res.body))
+        problem = _problem(errors.Refusal(res.status_code, "", detail))
+        problem.headers.update(res.headers)
+        return problem
 
-
-def problem(exc: errors.Error) -> Problem:
-    """Return the answer for an error."""
-    status_code = next(code for kind, code in STATUS_CODES.items() if isinstance(exc, kind))
-    answer = Problem(status_code, str(exc))
-    if isinstance(exc, errors.UnavailableError):
-        answer.set_header("Retry-After", str(exc.retry_after_seconds))
-    if isinstance(exc, errors.UnauthorizedError):
-        answer.set_header("WWW-Authenticate", "Bearer")
-    return answer
+    def _check_host(self, host: str) -> None:
+        name = re.sub(r":[0-9]*$", "", host.lower()).strip("[]")
+        allowed = self._allowed_hosts
+        if allowed is not None and name not in allowed and not _LOCAL.fullmatch(name):
+            detail = f"The Host {name[:64]!r} is not this machine and not the host of PUBLIC_URL."
+            raise errors.Refusal(403, "Host refused", f"{detail} Set API_TOKEN to allow any.")
 
 
-class Server:
-    """A waitress server in a thread of its own. It listens from the first moment.
+class Server(TcpWSGIServer):  # type: ignore[misc]
+    """waitress with one loop, in a thread of its own. It listens from the first moment.
 
     Raises:
         ConfigError: The address cannot be listened on.
     """
 
     def __init__(self, *, host: str, port: int, max_body_bytes: int) -> None:
-        self._max_body_bytes = max_body_bytes
-        self._socket = _listen(host, port)
-        self.port: int = self._socket.getsockname()[1]
+        super().__init__(
+            None,
+            _sock=_listen(host, port),
+            bind_socket=False,
+            connection_limit=_connection_limit(),
+            max_request_body_size=max_body_bytes + HEADROOM_BYTES,
+            max_request_header_size=32 * 1024,
+            recv_bytes=SHORT_BYTES,
+            outbuf_high_watermark=1 << 40,  # else a few slow readers take all threads for good
+            channel_timeout=SILENCE_SECONDS,
+            cleanup_interval=TICK_SECONDS,
+            ident=None,
+        )
+        self.port: int = self.socket.getsockname()[1]
+        self.short: deque[_Task] = deque()  # threads append to it too: pipelined requests
+        self.silent = _Silent(self.active_channels, self._map) if hasattr(select, "epoll") else None
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+        self._accept_at = 0.0
+        self._stop_at = math.inf
 
     def start(
         self,
-        application: logs.WSGI,
-        *,
-        settle: Callable[[], None],
-        on_answered: Callable[[], None] = lambda: None,
+        application: Callable[..., Iterable[bytes]],
+        turn: Callable[[], AbstractContextManager[Any]],
+        on_answer: Callable[[logs.Answer], None] = lambda _: None,
     ) -> None:
         """Begin to answer.
 
         Args:
-            application: Answers requests.
-            settle: Is called before answers leave; when it raises, none of them does.
-            on_answered: Is called once they have left.
+            application: Its handlers may append to `environ["postback.after"]` what is called once
+                the answer was sent.
+            turn: A transaction. The short requests of a turn are answered inside it. If it fails,
+                these answers become a 503, and what they appended is not called.
+            on_answer: Is called with each answer that was sent.
         """
-        self._answerers = _Answerers(settle, on_answered)
-        settings = Adjustments(
-            sockets=[self._socket],
-            connection_limit=_connection_limit(),
-            max_request_body_size=self._max_body_bytes + HEADROOM_BYTES,
-            max_request_header_size=32 * 1024,
-            outbuf_high_watermark=1 << 40,
-            asyncore_use_poll=True,  # select() fails at descriptor 1024
-            channel_timeout=SILENCE_SECONDS,
-            cleanup_interval=SWEEP_SECONDS,
-            clear_untrusted_proxy_headers=False,  # nobody here reads them
-            ident=None,
-        )
-        self._server = _WSGIServer(
-            application,
-            _sock=self._socket,
-            dispatcher=self._answerers,
-            adj=settings,
-            sockinfo=(self._socket.family, self._socket.type, 0, self._socket.getsockname()),
-            bind_socket=False,
-        )
-        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+        self.application, self._turn, self.on_answer = application, turn, on_answer
         self._thread.start()
 
     def stop(self) -> None:
         """Answer what was asked, and close every connection."""
-        self._answerers.shutdown()
-        sockets = self._server._map  # noqa: SLF001 - waitress has no other way to stop from outside
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        while _has_unsent(sockets) and time.monotonic() < deadline:
-            threading.Event().wait(0.01)
-        with contextlib.suppress(OSError):  # it was awake, and has closed its own end already
-            self._server.trigger.pull_trigger(lambda: _close_all(sockets))
-        self._thread.join(SILENCE_SECONDS)
+        if self._thread.is_alive():
+            self.trigger.pull_trigger(self._begin_stop)
+            self._thread.join(STOP_SECONDS + TICK_SECONDS)
+            self.task_dispatcher.shutdown(timeout=TICK_SECONDS)
+        if not (self._thread.is_alive() or self.task_dispatcher.threads):  # they write to some
+            for channel in list(self.active_channels.values()):
+                channel.handle_close()
+            wasyncore.close_all(self._map)
+
+    def _begin_stop(self) -> None:
+        self._accept_at, self._stop_at = math.inf, time.monotonic() + STOP_SECONDS
 
     def _run(self) -> None:
-        """Do what waitress's own loop does, without asking every silent connection at each turn.
+        while self._stop_at == math.inf or self._is_answering():
+            try:
+                wasyncore.poll2(0.0 if self.short else TICK_SECONDS, self._map)
+                if self.short:
+                    self._answer_short()
+            except Exception:
+                log.exception("server failed")
+                threading.Event().wait(PAUSE_SECONDS)
 
-        With 2,000 half-sent requests that alone more than doubles the p99 of the answers. Where
-        the system has no epoll, its own loop must do.
-        """
-        cores.keep_to_one()
-        if not hasattr(select, "epoll"):
-            self._server.run()
+    def _is_answering(self) -> bool:
+        channels = self.active_channels.values()
+        is_busy = any(channel.requests or channel.total_outbufs_len for channel in channels)
+        return is_busy and time.monotonic() < self._stop_at
+
+    def _answer_short(self) -> None:
+        """Answer short requests in one transaction. Send the answers after its commit."""
+        batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
+        refusal: errors.Refusal | None = None
+        try:
+            with self._turn():
+                for task in batch:
+                    task.ask()
+        except errors.JournalError as exc:  # logged where it was found
+            refusal = exc
+        except Exception:
+            log.exception("requests not answered")
+            refusal = errors.JournalError(_DETAILS[500])
+        for task in batch:
+            if refusal and task.request.command == "POST":
+                task.refuse(refusal)
+            elif refusal:  # GET /livez, which promises nothing
+                task.ask()
+            HTTPChannel.service(task.channel)
+        for task in batch:
+            task.follow_up()
+
+    def add_task(self, channel: "_Channel") -> None:
+        """Have the next request of a connection answered by the loop, or by a thread."""
+        request = channel.requests[0]
+        request.task = _Task(channel, request)
+        is_small = request.body_bytes_received <= SHORT_BYTES
+        if not request.error and is_small and (request.command, request.path) in SHORT:
+            self.short.append(request.task)
+        else:
+            super().add_task(channel)
+
+    def readable(self) -> bool:
+        """Return whether the loop waits for connections."""
+        return bool(super().readable()) and time.monotonic() >= self._accept_at
+
+    def handle_accept(self) -> None:
+        """Accept all connections that wait, so that their requests share a turn."""
+        try:
+            while accepted := self.accept():
+                connection, address = accepted
+                self.set_socket_options(connection)
+                _Channel(self, connection, address, self.adj, map=self._map)
+        except (OSError, MemoryError) as exc:  # mostly, no descriptor is free
+            log.warning("connection not accepted", extra={"error": str(exc)})
+            self._accept_at = time.monotonic() + TICK_SECONDS
+
+    def accept(self) -> Any:
+        """Accept one connection. Half of the descriptors are kept for other things."""
+        if len(self.active_channels) >= self.adj.connection_limit:
+            raise OSError("there are too many connections")
+        return super().accept()
+
+    def maintenance(self, now: float) -> None:
+        """Close connections that were silent for too long, also if they have unsent answers."""
+        for channel in list(self.active_channels.values()):
+            if not channel.requests and channel.last_activity < now - self.adj.channel_timeout:
+                channel.handle_close()
+
+
+class _Task(WSGITask):  # type: ignore[misc]
+    """One request: `ask` the application, send its answer by `service`, and `follow_up`."""
+
+    _after: Iterable[Callable[[], None]] = ()
+    _reason: str | None = None
+
+    def __init__(self, channel: "_Channel", request: Any) -> None:
+        super().__init__(channel, request)
+        self._asked_at = time.perf_counter()
+
+    def ask(self) -> None:
+        """Have the application answer. Nothing is sent yet."""
+        if error := self.request.error:  # found by waitress
+            detail = _DETAILS.get(error.code, error.body)
+            self.refuse(errors.Refusal(error.code, error.reason, detail))
             return
-        sockets = self._server._map  # noqa: SLF001 - waitress's own loop is given them too
-        with select.epoll() as silent:  # one for good: later no descriptor may be free
-            while sockets:
-                try:
-                    _serve(sockets, silent, until=time.monotonic() + SWEEP_SECONDS)
-                except OSError:  # waitress closes some by itself, also between two lines here
-                    threading.Event().wait(0.001)
-                except Exception:
-                    log.exception("server failed")
-                    threading.Event().wait(ACCEPT_PAUSE_SECONDS)
+        environ, start = self.get_environment(), list[Any]()
+        environ["postback.after"] = self._after = []
+        try:
+            body = self.channel.server.application(environ, lambda *args: start.extend(args))
+            self._body = b"".join(body)
+            if hasattr(body, "close"):  # a file
+                body.close()
+            self.status, self.response_headers = start[:2]
+        except errors.Refusal as exc:
+            self.refuse(exc)
+        except Exception:
+            log.exception("request failed", extra={"path": self.request.path})
+            self.refuse(errors.Refusal(500, "Service failed", _DETAILS[500]))
 
-
-class _Refusal(ErrorTask):  # type: ignore[misc]
-    """What waitress itself refuses, before the application is asked: a problem like any other."""
+    def refuse(self, refusal: errors.Refusal) -> None:
+        """Answer with a problem document. What was to follow another answer does not."""
+        problem = _problem(refusal)
+        self.status, self.response_headers = problem.status_line, problem.headerlist
+        self._body = problem.body.encode()
+        self._after, self._reason = (), refusal.title
 
     def execute(self) -> None:
-        error = self.request.error
-        self.status = f"{error.code} {error.reason}"
-        # Its own words would name its limit, which is not ours.
-        detail = _DETAILS.get(error.code, f"{error.body}.")
-        body = _document(error.code, detail).encode()
-        self.response_headers.append(("Content-Type", "application/problem+json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
+        """Send the answer."""
+        if self.request.error or self.channel.total_outbufs_len > MAX_UNSENT_BYTES:
+            self.set_close_on_finish()
+        self.content_length, self.complete = len(self._body), True
+        try:
+            self.write(self._body)
+        except OSError:  # as with a full disk; waitress has counted wrongly now
+            self.channel.will_close = True
+            raise
+
+    def follow_up(self) -> None:
+        """Do what follows the answer, whether or not its caller is still there."""
+        for callback in (*self._after, self._tell):
+            try:
+                callback()
+            except Exception:
+                log.exception("answer not followed up")
+
+    def _tell(self) -> None:
+        request, environ = self.request, self.environ or {}
+        route, url_args = environ.get("bottle.route"), environ.get("route.url_args", {})
+        location = dict(self.response_headers).get("Location", "")
+        answer = logs.Answer(
+            method=getattr(request, "command", "none"),
+            path=getattr(request, "path", "none"),
+            route=route.rule if route else "none",
+            status_code=int(self.status[:3]),
+            seconds=time.perf_counter() - self._asked_at,
+            reason=self._reason,
+            job_id=location.rpartition("/jobs/")[2] or url_args.get("job_id"),
+        )
+        logs.answered(answer)
+        self.channel.server.on_answer(answer)
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection that keeps its answers until they may leave."""
+    """A connection.
 
-    error_task_class = _Refusal
-    kept = 0  # answers that may not leave yet
+    Attributes:
+        lingers_until: When it is closed, by `time.monotonic()`. 0 until its last answer was sent.
+    """
+
+    lingers_until = 0.0
+
+    def task_class(self, _: HTTPChannel, request: Any) -> Any:
+        """Return the task that answers a request. waitress made the request for its own errors."""
+        return getattr(request, "task", None) or ErrorTask(self, request)
+
+    error_task_class = task_class
+
+    def service(self) -> None:
+        """Answer the next request, in a thread. A job is accepted even if its caller has gone."""
+        task = self.requests[0].task
+        task.ask()
+        super().service()
+        task.follow_up()
 
     def send_continue(self) -> None:
-        """Ask for the body, unless the request is complete, or refused, without one."""
+        """Ask for the body, unless it is here or refused."""
         if not self.request.completed:
             super().send_continue()
 
-    def write_soon(self, data: Any) -> Any:
-        """Take a part of an answer; close the connection when there is no room to keep it."""
-        try:
-            return super().write_soon(data)
-        except OSError:  # waitress has counted wrongly now
-            self.drop()
-            raise
+    def readable(self) -> bool:
+        """Return whether the loop waits for bytes from this connection."""
+        waits = bool(super().readable())
+        if waits and self.server.silent:
+            self.server.silent.add(self)
+            waits = False
+        return waits or self.lingers_until > 0
 
-    def keep(self) -> None:
-        """Let nothing leave until one more answer is released."""
-        with self.outbuf_lock:
-            self.kept += 1
+    def received(self, data: bytes) -> bool:
+        """Read bytes of requests, or throw them away, which shortens the time to linger."""
+        if self.lingers_until:
+            self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
+        return bool(super().received(data))
 
-    def release(self) -> None:
-        """Send what was kept, unless more is to be kept."""
-        with self.outbuf_lock:
-            if self.kept == 1 and self.connected:
-                self._flush_exception(super()._flush_some, do_close=False)
-            self.kept -= 1  # only now: from here on the server itself may send what is left
+    def writable(self) -> bool:
+        """Return whether there is something to send, or the connection is to be closed."""
+        return bool(super().writable()) and time.monotonic() >= self.lingers_until
 
-    def drop(self) -> None:
-        """Close the connection; what was kept never leaves."""
-        self.will_close = True
-
-    def writable(self) -> Any:
-        """Tell whether the server has something to do here."""
-        return self.will_close or (not self.kept and super().writable())
-
-    def _flush_some(self, do_close: bool = True) -> bool:  # noqa: FBT001, FBT002 - waitress's
-        return not self.kept and super()._flush_some(do_close)
+    def handle_write(self) -> None:
+        """Send. When the last answer was sent, linger before the connection is closed."""
+        if self.lingers_until or self.total_outbufs_len or not self.close_when_flushed:
+            super().handle_write()
+            return
+        self.lingers_until = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError):  # the caller has gone
+            self.socket.shutdown(socket.SHUT_WR)
 
 
-class _WSGIServer(TcpWSGIServer):  # type: ignore[misc]
-    channel_class = _Channel
+class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
+    """The connections that wait for their callers. For waitress's loop they are one.
 
-    def pull_trigger(self) -> None:
-        """Do nothing: whoever answers wakes the server once for all that it has answered."""
-
-
-class _Answerers:
-    """The threads that answer requests, in place of waitress's own.
-
-    Each answers what waits, and only then lets the answers leave, once what they promise is on the
-    disk: requests that come together share one fsync, and few threads do for many.
+    Without it, each turn of the loop would ask each of thousands of half-sent requests.
     """
 
-    def __init__(self, settle: Callable[[], None], on_answered: Callable[[], None]) -> None:
-        self._settle = settle
-        self._on_answered = on_answered
-        self._waiting: queue.SimpleQueue[_Channel | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"answerer-{number}", daemon=True)
-            for number in range(THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, channels: dict[int, _Channel], sockets: dict[int, Any]) -> None:
+        self._channels = channels
+        self._epoll = select.epoll()
+        super().__init__(self._epoll.fileno(), map=sockets)
 
-    def add_task(self, channel: _Channel) -> None:
-        """Have the next request of a connection answered."""
-        self._waiting.put(channel)
+    def add(self, channel: _Channel) -> None:
+        """Take a connection out of the loop until its caller sends something."""
+        self._epoll.register(channel.socket, select.EPOLLIN)
+        del self._map[channel.socket.fileno()]
 
-    def shutdown(self) -> None:
-        """End the threads, once they have answered what they were asked."""
-        self._waiting.put(None)
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def writable(self) -> bool:
+        """Return that there is nothing to send."""
+        return False
 
-    def _run(self) -> None:
-        cores.keep_to_one()
-        next_ones: list[_Channel] = []  # one at most, which was not to wait for the disk
-        while first := next_ones.pop() if next_ones else self._waiting.get():
-            kept: list[_Channel] = []
-            try:
-                self._answer(first, kept, next_ones)
-            except BaseException as exc:
-                if not isinstance(exc, errors.JournalError):  # that was logged where it was seen
-                    log.exception("requests not answered")
-                for channel in kept:  # no answer may promise what is not kept
-                    channel.drop()
-            try:
-                first.server.trigger.pull_trigger()
-                self._on_answered()
-            except Exception:
-                log.exception("answers not followed up")
-        self._waiting.put(None)  # for the next one
+    def handle_read(self) -> None:
+        """Give connections back to the loop, because their callers sent something."""
+        for fd, flags in self._epoll.poll(0):
+            self._epoll.unregister(fd)
+            self._map[fd] = self._channels[fd]
+            wasyncore.readwrite(self._channels[fd], flags)
 
-    def _answer(self, first: _Channel, kept: list[_Channel], next_ones: list[_Channel]) -> None:
-        """Answer one request and those that wait behind it, then let the answers leave.
-
-        Args:
-            kept: Gets all that was answered.
-            next_ones: Gets a request that came, but has no part in this.
-        """
-        promises, until = _may_promise(first), time.monotonic() + MAX_KEPT_SECONDS
-        channel: _Channel | None = first
-        while channel:
-            channel.keep()
-            kept.append(channel)
-            if channel.total_outbufs_len > MAX_UNSENT_BYTES:
-                channel.drop()
-            else:
-                channel.service()
-            has_room = len(kept) < MAX_KEPT and time.monotonic() < until
-            channel = self._next(next_ones) if promises and has_room else None
-        if promises:
-            self._settle()
-        for channel in kept:
-            channel.release()
-
-    def _next(self, next_ones: list[_Channel]) -> _Channel | None:
-        """Return a request that may share the wait for the disk, if one waits already."""
-        try:
-            channel = self._waiting.get_nowait()
-        except queue.Empty:
-            return None
-        if channel is None:  # the service stops
-            self._waiting.put(None)
-            return None
-        if _may_promise(channel):
-            return channel
-        next_ones.append(channel)  # it may take long
-        return None
+    def handle_close(self) -> None:
+        """Do nothing: waitress calls it after an error."""
 
 
-def _may_promise(channel: _Channel) -> bool:
-    return getattr(channel.requests[0], "command", "") == "POST"
-
-
-def _serve(sockets: dict[int, Any], silent: "select.epoll", *, until: float) -> None:
-    known: dict[int, Any] = {}  # those that wait in the epoll
-    try:
-        _turn(sockets, silent, known, until=until)
-    finally:
-        for fd in known:
-            with contextlib.suppress(OSError):  # it is closed
-                silent.unregister(fd)
-
-
-def _turn(
-    sockets: dict[int, Any], silent: "select.epoll", known: dict[int, Any], *, until: float
-) -> None:
-    while sockets and (left_seconds := until - time.monotonic()) > 0:
-        poller = select.poll()
-        poller.register(silent, select.POLLIN)
-        for fd, one in list(sockets.items()):
-            if known.get(fd) is not one:
-                _register(fd, one, poller, silent, known)
-        ready = dict(poller.poll(left_seconds * 1000))
-        if ready.pop(silent.fileno(), 0):
-            ready |= dict(silent.poll(0))
-        for fd, flags in ready.items():
-            if fd in sockets:  # not closed in this very turn
-                if known.pop(fd, None):
-                    silent.unregister(fd)
-                wasyncore.readwrite(sockets[fd], flags)
-
-
-def _register(
-    fd: int, one: Any, poller: select.poll, silent: "select.epoll", known: dict[int, Any]
-) -> None:
-    if getattr(one, "will_close", False):
-        one.handle_write()  # not once it can be written to: who never reads would never be closed
-        return
-    reads, writes = one.readable(), one.writable()
-    if reads and not writes and getattr(one, "requests", None) == []:
-        known[fd] = one  # only its caller can find work for it
-        silent.register(fd, select.EPOLLIN)
-    elif reads or writes:
-        waits = select.POLLIN | select.POLLPRI if reads else 0
-        poller.register(fd, waits | (select.POLLOUT if writes and not one.accepting else 0))
-
-
-def _close_all(sockets: dict[int, Any]) -> None:
-    for one in list(sockets.values()):
-        if isinstance(one, _Channel):
-            one.handle_close()  # lets its buffers go, too
-    wasyncore.close_all(sockets)
-
-
-def _has_unsent(sockets: dict[int, Any]) -> bool:
-    return any(getattr(one, "total_outbufs_len", 0) for one in list(sockets.values()))
-
-
-class _Listener(socket.socket):
-    """A listening socket that fails in silence; waitress would try, and log, again at once."""
-
-    _is_failing = False
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        try:
-            accepted = super().accept()
-        except OSError as exc:  # no descriptor is free, as a rule
-            if not self._is_failing:
-                log.warning("connection not accepted", extra={"error": exc.strerror})
-            self._is_failing = True
-            threading.Event().wait(ACCEPT_PAUSE_SECONDS)
-            raise BlockingIOError(errno.EWOULDBLOCK, exc.strerror) from exc
-        self._is_failing = False
-        return accepted
+def _problem(refusal: errors.Refusal) -> bottle.HTTPResponse:
+    """Return the document of a refusal, with the headers that belong to it."""
+    code = refusal.status_code
+    fields = {"type": "about:blank", "title": HTTPStatus(code).phrase, "status": code}
+    problem = bottle.HTTPResponse(json.dumps({**fields, "detail": refusal.detail}), code)
+    problem.content_type = "application/problem+json"
+    if refusal.retry_after_seconds is not None:
+        problem.set_header("Retry-After", refusal.retry_after_seconds)
+    if code == 401:
+        problem.set_header("WWW-Authenticate", "Bearer")
+    return problem
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
-        listener = _Listener(fileno=listener.detach())
-        os.register_at_fork(after_in_child=listener.close)  # it may outlive the service
-        return listener
-    except OSError as exc:
-        text = f"HOST={host!r} PORT={port}: cannot listen there: {exc.strerror}"
+        return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
+    except (OSError, ValueError) as exc:  # ValueError: this machine has not both families
+        text = f"HOST={host!r} PORT={port}: cannot listen there: {getattr(exc, 'strerror', exc)}"
         raise errors.ConfigError([text]) from exc
 
 
 def _connection_limit() -> int:
     """Return how many connections there may be: half of the descriptors are for other things.
 
-    The usual 1,024 descriptors are raised as far as the machine allows: poll() needs no such limit.
+    The usual 1,024 descriptors are raised as far as the machine allows. poll() has no such limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limits = [2 * CONNECTIONS, *(limit for limit in (hard,) if limit != resource.RLIM_INFINITY)]
-    if soft < min(limits):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits), hard))
-    return max(1, min(limits) // 2)
+    descriptors = max(soft, min(2 * CONNECTIONS, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+    return min(CONNECTIONS, descriptors // 2)

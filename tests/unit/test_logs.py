@@ -1,0 +1,178 @@
+"""Log lines: one for one happening, in text and in JSON, whatever the values contain."""
+
+import io
+import json
+import logging
+import re
+import shlex
+import sys
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from web import logs
+
+log = logging.getLogger("postback")
+
+#: Values that try to end their line, to begin another, or to look like several.
+AWKWARD = [
+    "two\nlines",
+    "a\r\n2026-01-02T03:04:05.678Z INFO postback job delivered job_id=forged",
+    'say "hello" = x',
+    "\x1b[31mred\x07",
+    "line\u2028separator\x85",
+    "",
+    "half \ud800 of a pair",
+]
+
+ANSWER = logs.Answer("POST", "/jobs/x/cancel", "/jobs/<job_id>/cancel", 200, 0.0125)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """What `configure` changes is of the whole process."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, logging.raiseExceptions
+    yield
+    root.handlers[:], level, logging.raiseExceptions = before
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)
+
+
+def written(style, act, level="info"):
+    """Return what is written while `act` is done."""
+    stream = io.StringIO()
+    logs.configure(level, style, stream)
+    act()
+    return stream.getvalue()
+
+
+def fail():
+    try:
+        int("first\n2026-01-02T03:04:05.678Z INFO postback forged")
+    except ValueError:
+        log.exception("thread failed", extra={"job_id": "j1"})
+
+
+def test_a_text_line_has_a_time_a_level_a_phrase_and_values_that_are_not_none():
+    extra = {"job_id": "j1", "attempt": 2, "status_code": None}
+
+    text = written("text", lambda: log.info("job accepted", extra=extra))
+
+    pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO postback job accepted "
+    assert re.fullmatch(pattern + r"job_id=j1 attempt=2\n", text)
+
+
+def test_a_json_line_has_the_same():
+    extra = {"status_code": 502, "path": io, "none": None}
+
+    line = json.loads(written("json", lambda: log.warning("attempt failed", extra=extra)))
+
+    assert line.pop("time").endswith("Z")
+    assert line.pop("path").startswith("<module 'io'")
+    assert line == {
+        "level": "warning",
+        "logger": "postback",
+        "message": "attempt failed",
+        "status_code": 502,
+    }
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=ascii)
+def test_a_value_stays_one_word_of_its_line(value):
+    def act():
+        log.info("phrase", extra={"error": value, "last": 1})
+
+    text = written("text", act)
+
+    assert text[:-1].isprintable()
+    assert json.loads(text.partition(" error=")[2].removesuffix(" last=1\n")) == value
+    assert json.loads(written("json", act))["error"] == value
+
+
+@given(st.text())
+def test_no_text_makes_a_second_line(value):
+    record = logging.makeLogRecord({"msg": value, "error": value})
+
+    assert len(logs.TextFormatter().format(record).splitlines()) == 1
+    assert len(logs.JSONFormatter().format(record).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["plain", "/a/b?c", "naïve-☃", "404"])
+def test_a_plain_value_needs_no_quotes(value):
+    text = written("text", lambda: log.info("phrase", extra={"error": value}))
+
+    assert shlex.split(text)[-1] == f"error={value}"
+
+
+def test_a_phrase_of_another_library_cannot_forge_a_line():
+    text = written("text", lambda: logging.getLogger("other").info("serving %s", "/a\nb"))
+
+    assert text.endswith('INFO other "serving /a\\nb"\n')
+
+
+def test_a_traceback_is_indented_below_its_text_line_and_a_value_in_json():
+    first, *rest = written("text", fail).splitlines()
+    line = json.loads(written("json", fail))
+
+    assert first.endswith("ERROR postback thread failed job_id=j1")
+    assert rest[0] == "  Traceback (most recent call last):"
+    assert all(one.startswith("  ") for one in rest)
+    assert line["traceback"].startswith("Traceback (most recent call last):")
+
+
+def test_a_warning_of_python_is_a_line_like_any_other():
+    def warn():
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            logging.captureWarnings(capture=True)
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    text = written("text", warn)
+
+    assert "WARNING py.warnings" in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), None])
+def test_a_stream_that_is_closed_or_missing_stops_nobody(monkeypatch, capsys, stream):
+    if stream:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    logs.configure("info", "text")
+
+    log.info("phrase")
+    log.info("%d", "no number")
+
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "level"),
+    [
+        ({}, "INFO"),
+        ({"method": "GET"}, "DEBUG"),
+        ({"method": "GET", "status_code": 404}, "INFO"),
+        ({"route": "/process"}, "DEBUG"),
+        ({"route": "/process", "status_code": 503}, "INFO"),
+    ],
+)
+def test_an_answer_has_a_line_and_the_frequent_ones_only_for_debug(change, level):
+    answer = ANSWER._replace(**change)
+
+    assert f" {level} postback.access answered " in written(
+        "text", lambda: logs.answered(answer), "debug"
+    )
+    assert (written("text", lambda: logs.answered(answer)) == "") is (level == "DEBUG")
+
+
+def test_the_line_of_an_answer_has_its_facts_cut_short():
+    answer = ANSWER._replace(path="/" + "x" * 999, reason="Wrong state", job_id="j1")
+
+    line = json.loads(written("json", lambda: logs.answered(answer)))
+
+    assert line["path"] == "/" + "x" * (logs.MAX_PATH - 1)
+    facts = {name: line[name] for name in ("job_id", "method", "status_code", "reason", "ms")}
+    assert list(facts.values()) == ["j1", "POST", 200, "Wrong state", 12.5]
