@@ -1,11 +1,14 @@
-"""The environment: what each variable may hold, and how a wrong one is refused."""
+"""The environment: what each variable may contain, and how a wrong one is refused."""
 
 import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
+import certifi
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import config
@@ -25,8 +28,10 @@ GOOD = [
     ("PORT", "0", 0),
     ("PORT", "65535", 65535),
     ("PUBLIC_URL", "https://jobs.example.com/base/", "https://jobs.example.com/base"),
-    ("API_TOKEN", r"a\$b${HOME}%20", r"a\$b${HOME}%20"),
+    ("API_TOKEN", r"a\$b${HOME}%20", (r"a\$b${HOME}%20",)),
+    ("API_TOKEN", "old  new", ("old", "new")),
     ("ANALYSIS", "shop.prices:run", "shop.prices:run"),
+    ("ANALYSIS_SCHEDULE", "10s 1m 10m", (10.0, 60.0, 600.0)),
     ("EXECUTOR", "Process", "process"),
     ("WORKERS", "64", 64),
     ("DASK_SCHEDULER", "tcp://127.0.0.1:8786", "tcp://127.0.0.1:8786"),
@@ -37,7 +42,6 @@ GOOD = [
     ("JOB_TIMEOUT", "1.5s", 1.5),
     ("MAX_RUNNING", "1", 1),
     ("MAX_PENDING", "1000000", 1_000_000),
-    ("MAX_BODY", "1", 1),
     ("MAX_BODY", "64KiB", 65536),
     ("MAX_BODY", "1GiB", 1024**3),
     ("JOURNAL", "/data/my journal.db", Path("/data/my journal.db")),
@@ -53,6 +57,7 @@ GOOD = [
     ),
     ("POSTBACK_SECRET", f"{SECRET} {OTHER_SECRET}", (SECRET, OTHER_SECRET)),
     ("POSTBACK_HEADERS", '{"X-Key": "a\\\\$b"}', {"X-Key": r"a\$b"}),
+    ("POSTBACK_CA_BUNDLE", certifi.where(), Path(certifi.where())),
     ("POSTBACK_TIMEOUT", "250ms", 0.25),
     ("POSTBACK_SCHEDULE", "none", ()),
     ("POSTBACK_SCHEDULE", "1s  2m 3h", (1.0, 120.0, 10800.0)),
@@ -64,60 +69,61 @@ GOOD = [
 
 #: Variable, text, words of the line that refuses it.
 BAD = [
-    ("HOST", "my host", "no blanks"),
-    ("HOST", "é", "no blanks"),
-    ("PORT", "65536", "a port from 0 to 65535"),
-    ("PORT", "-1", "a port"),
-    ("PORT", "٨٠", "a port"),
-    ("PORT", "80 ", "a port"),
-    ("PUBLIC_URL", "jobs.example.com", "an http or https URL"),
+    ("HOST", "my host", "without spaces"),
+    ("HOST", "é", "without spaces"),
+    ("PORT", "65536", "a whole number from 0 to 65535"),
+    ("PORT", "-1", "a whole number"),
+    ("PORT", "٨٠", "a whole number"),
+    ("PORT", "80 ", "a whole number"),
+    ("PUBLIC_URL", "jobs.example.com", "http"),
     ("PUBLIC_URL", "http://example.com/?a=1", "a URL without a query"),
-    ("API_TOKEN", "two words", "no blanks"),
-    ("API_TOKEN", "line\n", "no blanks"),
-    ("ANALYSIS", "a b", "no blanks"),
+    ("API_TOKEN", "é", "tokens of printable ASCII"),
+    ("API_TOKEN", " ", "tokens of printable ASCII"),
+    ("ANALYSIS", "a b", "without spaces"),
+    ("ANALYSIS_SCHEDULE", "10", "a duration such as 15s"),
     ("EXECUTOR", "celery", "one of thread, process, dask"),
-    ("WORKERS", "0", "a whole number"),
-    ("DASK_SCHEDULER", "127.0.0.1:8786", "an address such as tcp://127.0.0.1:8786"),
-    ("DASK_SCHEDULER", "http://dask:8786", "an address such as tcp://"),
-    ("DASK_SCHEDULER", "tcp://dask", "an address such as tcp://"),
-    ("DASK_UPLOAD", "/nowhere/analysis.py", "a .py, .zip or .egg file that is there"),
-    ("DASK_UPLOAD", str(Path(__file__).parent), "a .py, .zip or .egg file that is there"),
+    ("WORKERS", "0", "a whole number from 1"),
+    ("DASK_SCHEDULER", "127.0.0.1:8786", "tcp://"),
+    ("DASK_SCHEDULER", "http://dask:8786", "tcp://"),
+    ("DASK_SCHEDULER", "tcp://dask", "HOST:PORT"),
+    ("DASK_UPLOAD", "/nowhere/analysis.py", "a .py, .zip or .egg file that exists"),
+    ("DASK_UPLOAD", str(Path(__file__).parent), "a .py, .zip or .egg file that exists"),
     ("JOB_TIMEOUT", "5", "a duration such as 15s or 5m"),
     ("JOB_TIMEOUT", "0s", "a duration"),
     ("JOB_TIMEOUT", "1e3s", "a duration"),
     ("JOB_TIMEOUT", "\N{ARABIC-INDIC DIGIT FIVE}s", "a duration"),
-    ("MAX_RUNNING", "0", "a whole number from 1 to 1000000"),
-    ("MAX_RUNNING", "1.5", "a whole number"),
+    ("MAX_RUNNING", "1.5", "a whole number from 1 to 1000000"),
     ("MAX_PENDING", "1000001", "a whole number"),
     ("MAX_PENDING", "1_000", "a whole number"),
     ("MAX_BODY", "0", "a size such as 64KiB or 1MiB"),
     ("MAX_BODY", "1MB", "a size"),
     ("MAX_BODY", "2GiB", "a size"),
     ("RETENTION", "3651d", "a duration"),
-    ("POSTBACK_URL", "ftp://example.com/", "an http or https URL"),
-    ("POSTBACK_URL", "http://", "an http or https URL"),
-    ("POSTBACK_URL", "http://user:pw@example.com/", "an http or https URL"),
-    (
-        "POSTBACK_ALLOW",
-        "https://example.com/path",
-        "an origin such as https://example.com:8443, or *",
-    ),
-    ("POSTBACK_ALLOW", "a\nb", "an origin"),
-    ("POSTBACK_SECRET", "secret", "whsec_ followed by"),
-    ("POSTBACK_SECRET", f"{SECRET} whsec_QUJD", "whsec_ followed by"),
+    ("POSTBACK_URL", "ftp://example.com/", "http"),
+    ("POSTBACK_URL", "http://", "host"),
+    ("POSTBACK_URL", "http://example.com:99999/", "port"),
+    ("POSTBACK_URL", "http://user:pw@example.com/", "user name"),
+    ("POSTBACK_ALLOW", "https://example.com/path", "origin"),
+    ("POSTBACK_ALLOW", "a\nb", "origin"),
+    ("POSTBACK_SECRET", "secret", "whsec_"),
+    ("POSTBACK_SECRET", f"{SECRET} whsec_QUJD", "whsec_"),
+    ("POSTBACK_SECRET", " ", "whsec_"),
     ("POSTBACK_HEADERS", "Authorization: Bearer x", "a JSON object of headers"),
     ("POSTBACK_HEADERS", "[" * 100_000, "a JSON object of headers"),
     ("POSTBACK_HEADERS", '["a"]', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a": 1}', "a JSON object of headers"),
-    ("POSTBACK_HEADERS", '{"a b": "c"}', "a JSON object of headers"),
+    ("POSTBACK_HEADERS", '{"a: b": "c"}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"": "c"}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a": "b\\r\\nc: d"}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a": "é"}', "a JSON object of headers"),
+    ("POSTBACK_CA_BUNDLE", "/nowhere.pem", "certificates in PEM format"),
+    ("POSTBACK_CA_BUNDLE", __file__, "certificates in PEM format"),
+    ("POSTBACK_CA_BUNDLE", "/", "certificates in PEM format"),
     ("POSTBACK_TIMEOUT", "fast", "a duration"),
     ("POSTBACK_SCHEDULE", "1s,2s", "a duration"),
     ("POSTBACK_SCHEDULE", "1s none", "a duration"),
+    ("POSTBACK_SCHEDULE", " ", "durations such as"),
     ("POSTBACK_MAX_BYTES", "-1", "a size"),
-    ("DRAIN", "", "a duration"),
     ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
     ("LOG_FORMAT", "xml", "one of text, json"),
 ]
@@ -125,7 +131,7 @@ BAD = [
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch, tmp_path):
-    """Every variable is unset, and no file lies in the current directory."""
+    """Unset every variable, and leave the checkout."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(f"{name}_FILE", raising=False)
@@ -143,14 +149,13 @@ def problems() -> tuple[str, ...]:
 
 
 def test_without_any_variable_the_defaults_hold():
-    settings = config.load()
-
-    assert settings == Config(
+    assert config.load() == Config(
         host="127.0.0.1",
         port=8080,
         public_url=None,
-        api_token=None,
+        api_token=(),
         analysis="processing:analyze",
+        analysis_schedule_seconds=(),
         executor="thread",
         workers=None,
         dask_scheduler=None,
@@ -165,26 +170,14 @@ def test_without_any_variable_the_defaults_hold():
         postback_allow=Policy(allow=frozenset(), any_public_https=False),
         postback_secret=(),
         postback_headers={},
+        postback_ca_bundle=None,
         postback_timeout_seconds=15.0,
-        postback_schedule_seconds=(2.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 21600.0),
+        postback_schedule_seconds=(2, 10, 60, 300, 1800, 7200, 21600, 43200, 86400, 86400),
         postback_max_bytes=1024**2,
         drain_seconds=25.0,
         log_level="info",
         log_format="text",
     )
-
-
-def test_dask_needs_a_scheduler(monkeypatch):
-    monkeypatch.setenv("EXECUTOR", "dask")
-
-    assert problems() == ("DASK_SCHEDULER: EXECUTOR=dask needs one, such as tcp://127.0.0.1:8786",)
-
-
-def test_a_loaded_config_cannot_be_changed():
-    settings = config.load()
-
-    with pytest.raises(AttributeError):
-        settings.port = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("name", "text", "value"), GOOD)
@@ -198,31 +191,23 @@ def test_a_variable_is_read(monkeypatch, name, text, value):
 def test_a_wrong_variable_is_refused_in_one_line_that_says_what_is_right(
     monkeypatch, name, text, words
 ):
-    monkeypatch.setenv(name, text or "0ms")
+    monkeypatch.setenv(name, text)
 
     [line] = problems()
 
     assert line.startswith(f"{name}=")
-    assert words in line.partition(": expected ")[2]
+    assert words in line.partition(": ")[2]
     assert len(line.splitlines()) == 1
 
 
-def test_every_variable_has_a_good_text_in_the_table():
-    assert {name for name, _, _ in GOOD} == set(VARIABLES)
+def test_every_variable_is_tried():
+    assert {name for name, *_ in GOOD} == set(VARIABLES)
 
 
-@pytest.mark.parametrize("name", VARIABLES)
-def test_a_variable_that_is_empty_is_unset(monkeypatch, name):
+@pytest.mark.parametrize("name", [*VARIABLES, *(f"{name}_FILE" for name in SECRETS)])
+def test_a_variable_that_is_empty_counts_as_unset(monkeypatch, name):
     defaults = config.load()
     monkeypatch.setenv(name, "")
-
-    assert config.load() == defaults
-
-
-@pytest.mark.parametrize("name", SECRETS)
-def test_a_file_variable_that_is_empty_is_unset(monkeypatch, name):
-    defaults = config.load()
-    monkeypatch.setenv(f"{name}_FILE", "")
 
     assert config.load() == defaults
 
@@ -231,48 +216,53 @@ def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
     monkeypatch.setenv("PORT", "http")
     monkeypatch.setenv("POSTBACK_TIMEOUT", "fast")
     monkeypatch.setenv("POSTBACK_RETRIES", "3")
+    monkeypatch.setenv("EXECUTOR", "dask")
 
-    lines = problems()
-
-    assert sorted(line.partition("=")[0].partition(":")[0] for line in lines) == [
-        "PORT",
-        "POSTBACK_RETRIES",
-        "POSTBACK_TIMEOUT",
+    assert sorted(problems()) == [
+        "DASK_SCHEDULER: EXECUTOR=dask needs it, such as tcp://127.0.0.1:8786",
+        "PORT='http': expected a whole number from 0 to 65535",
+        "POSTBACK_RETRIES: there is no such setting. See --help.",
+        "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m",
     ]
-    assert "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m" in lines
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("POSTBACK_URI", "did you mean POSTBACK_URL?"),
-        ("POSTBACK_SECRETS", "did you mean POSTBACK_SECRET?"),
-        ("POSTBACK_SECRET_FIEL", "did you mean POSTBACK_SECRET_FILE?"),
-        ("POSTBACK_XYZZY_PLUGH_FROBOZZ_QUUX", "see --help"),
-        ("POSTBACK_URL_FILE", "did you mean POSTBACK_URL?"),
+        ("POSTBACK_URI", "Did you mean POSTBACK_URL?"),
+        ("POSTBACK_SECRETS", "Did you mean POSTBACK_SECRET?"),
+        ("POSTBACK_SECRET_FIEL", "Did you mean POSTBACK_SECRET_FILE?"),
+        ("POSTBACK_PORT", "Did you mean PORT?"),
+        ("POSTBACK_API_TOKEN", "Did you mean API_TOKEN?"),
+        ("POSTBACK_XYZZY_PLUGH_FROBOZZ_QUUX", "See --help."),
     ],
 )
-def test_an_unknown_name_with_our_prefix_is_refused_with_a_hint(monkeypatch, name, hint):
-    monkeypatch.setenv(name, "1")
+def test_an_unknown_name_with_our_prefix_is_refused_with_a_suggestion(monkeypatch, name, hint):
+    monkeypatch.setenv(name, "8080")
 
-    assert problems() == (f"{name}: there is no such setting; {hint}",)
+    assert problems() == (f"{name}: there is no such setting. {hint}",)
 
 
-def test_what_kubernetes_tells_of_a_service_named_postback_is_passed_over(monkeypatch):
-    monkeypatch.setenv("POSTBACK_PORT", "tcp://10.0.0.1:8080")
-    monkeypatch.setenv("POSTBACK_PORT_8080_TCP_ADDR", "10.0.0.1")
-    monkeypatch.setenv("POSTBACK_SERVICE_HOST", "10.0.0.1")
+@pytest.mark.parametrize("service", ["POSTBACK", "POSTBACK_RECEIVER", "POSTBACK_URL", "POSTBACK_2"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT", "80"),
+        ("SERVICE_PORT_HTTP", "80"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("PORT_80_TCP_PROTO", "tcp"),
+        ("PORT_53_UDP_PORT", "53"),
+        ("PORT_80_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_what_kubernetes_sets_for_a_service_named_postback_is_ignored(
+    monkeypatch, service, name, text
+):
+    monkeypatch.setenv(f"{service}_{name}", text)
+
     assert config.load().port == 8080
-
-    monkeypatch.setenv("POSTBACK_PORT", "8080")
-    assert "POSTBACK_PORT: there is no such setting" in problems()[0]
-
-
-@pytest.mark.parametrize("name", ["POSTBACK_SCHEDULE", "POSTBACK_SECRET"])
-def test_blanks_alone_do_not_switch_off_what_they_should_set(monkeypatch, name):
-    monkeypatch.setenv(name, " ")
-
-    assert f"{name}=" in problems()[0]
 
 
 # Secrets
@@ -281,7 +271,7 @@ def test_blanks_alone_do_not_switch_off_what_they_should_set(monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("API_TOKEN", "hunter2 hunter2"),
+        ("API_TOKEN", "hunter2\N{SNOWMAN}"),
         ("POSTBACK_SECRET", "whsec_hunter2"),
         ("POSTBACK_HEADERS", '{"Authorization": "Bearer hunter2'),
         ("POSTBACK_HEADERS", '{"X-Key": "hunter2", "b": 1}'),
@@ -296,13 +286,33 @@ def test_a_refusal_never_shows_a_secret(monkeypatch, name, text):
     assert "hunter2" not in line
 
 
+@pytest.mark.parametrize("name", ["POSTBACK_URL", "PUBLIC_URL", "POSTBACK_ALLOW"])
 @pytest.mark.parametrize(
-    "name", ["Webhook-Id", "webhook-signature", "Content-Type", "HOST", "User-Agent", "Connection"]
+    "url",
+    [
+        "https://user:hunter2@example.com/",
+        "https://user:hunter2/@@example.com/#a",
+        "https://user:hunter2?@example.com/",
+        "https://example.com:0/?token=hunter2",
+        "ftp://hunter2@example.com/",
+    ],
 )
+def test_a_refused_url_shows_no_password_and_no_query(monkeypatch, name, url):
+    monkeypatch.setenv(name, url)
+
+    [line] = problems()
+
+    assert "hunter2" not in line
+    assert "***" in line
+
+
+@pytest.mark.parametrize("name", ["Webhook-Id", "Content-Type", "HOST", "User-Agent"])
 def test_a_header_that_is_ours_is_refused_by_name(monkeypatch, name):
     monkeypatch.setenv("POSTBACK_HEADERS", f'{{"X-Fine": "1", "{name}": "hunter2"}}')
 
-    assert problems() == (f"POSTBACK_HEADERS=***: expected headers other than {name}",)
+    assert problems() == (
+        f"POSTBACK_HEADERS=***: expected other headers than {name}, which Postback sets",
+    )
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", " \n"])
@@ -311,24 +321,22 @@ def test_a_secret_comes_from_a_file_without_the_end_of_its_line(monkeypatch, tmp
     monkeypatch.setenv("API_TOKEN", "another")
     monkeypatch.setenv("API_TOKEN_FILE", str(tmp_path / "token"))
 
-    assert config.load().api_token == r"to\$ken$"
+    assert config.load().api_token == (r"to\$ken$",)
 
 
 @pytest.mark.parametrize("name", SECRETS)
-@pytest.mark.parametrize(
-    "path", ["missing", ".", "empty", "blank", "binary", "empty/inside", "a" * 300]
-)
-def test_a_secret_file_that_holds_none_is_refused_in_one_line(monkeypatch, tmp_path, name, path):
+@pytest.mark.parametrize("path", ["missing", ".", "empty", "blank", "binary", "a" * 300])
+def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, name, path):
     (tmp_path / "empty").touch()
     (tmp_path / "blank").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setenv(f"{name}_FILE", path)
 
-    assert problems() == (f"{name}_FILE: expected a readable file that holds the secret",)
+    assert problems() == (f"{name}_FILE: expected a readable file that contains the secret",)
 
 
 @pytest.mark.parametrize("name", ["HOST", "JOURNAL", "LOG", "PORT", "ANALYSIS"])
-def test_a_file_variable_of_another_program_is_no_business_of_ours(monkeypatch, name):
+def test_a_file_variable_of_another_program_is_ignored(monkeypatch, name):
     defaults = config.load()
     monkeypatch.setenv(f"{name}_FILE", "/nowhere")
 
@@ -341,13 +349,8 @@ def test_a_file_variable_of_another_program_is_no_business_of_ours(monkeypatch, 
 def test_the_help_has_a_line_for_each_field():
     rows = list(config.table())
 
-    assert len(rows) == len(fields(Config))
-    assert len(set(VARIABLES)) == len(rows)
-    assert all(meaning for _, _, meaning in rows)
-
-
-def test_the_help_says_which_variables_may_be_files():
-    assert [name for name, _, meaning in config.table() if "NAME_FILE" in meaning] == SECRETS
+    assert len({name for name, *_ in rows}) == len(rows) == len(fields(Config))
+    assert [name for name, _, meaning in rows if f"{name}_FILE" in meaning] == SECRETS
 
 
 def test_each_default_in_the_help_is_itself_accepted(monkeypatch):
@@ -358,24 +361,48 @@ def test_each_default_in_the_help_is_itself_accepted(monkeypatch):
     assert config.load() == defaults
 
 
+# The CPUs
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_the_affinity_decides_how_many_cpus_there_are():
+    script = (
+        "import os, config; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]);"
+        "from pathlib import Path; print(config.cpu_count(Path('/none')))"
+    )
+
+    counted = subprocess.check_output(
+        [sys.executable, "-c", script], cwd=Path(config.__file__).parent, text=True
+    )
+
+    assert counted == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [("100000 100000", 1), ("50000 100000", 1), ("100000000 100000", 1000), ("max 100000", 1000)],
+)
+def test_the_quota_of_the_container_limits_the_cpus(tmp_path, limit, most):
+    path = tmp_path / "cpu.max"
+    without = config.cpu_count(path)
+    path.write_text(f"{limit}\n")
+
+    assert config.cpu_count(path) == min(without, most)
+
+
 # Anything
 
 TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=40)
 
 
 @given(name=st.sampled_from([*VARIABLES, "POSTBACK_X"]), text=TEXTS)
-@settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200
-)
+@settings(deadline=None, max_examples=200)
 def test_any_text_is_read_or_refused_in_one_line(name, text):
-    os.environ[name] = text
-    try:
-        outcome: object = config.load()
-    except errors.ConfigError as exc:
-        outcome = exc
-    finally:
-        del os.environ[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, text)
+        try:
+            lines: tuple[str, ...] = (config.load().host,)
+        except errors.ConfigError as exc:
+            lines = exc.problems
 
-    lines = getattr(outcome, "problems", ())
-    assert len(lines) <= 1
-    assert not [line for line in lines if len(line.splitlines()) != 1]
+    assert [len(line.splitlines()) for line in lines] == [1]
