@@ -2,19 +2,26 @@
 
     POST /process ──> intake ──> runner ──> executor ──> postback ──> POST <postback_url>
 
-`python app.py` starts the service; `--help` lists the settings, `--check` validates them.
+`python app.py` starts the service. `--help` lists the settings, `--check` validates them.
 """
 
+import argparse
 import contextlib
+import dataclasses
+import functools
+import gc
 import hashlib
+import hmac
 import json
 import logging
 import os
-import queue
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,14 +29,15 @@ import bottle
 
 import config
 import postback
-import processing
 from config import Config
-from jobs import errors, model
+from jobs import model
 from jobs.dask_executor import DaskExecutor
-from jobs.executors import Executor, ProcessExecutor, ThreadExecutor
+from jobs.errors import ConfigError, JournalError, Refusal
+from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
-from jobs.runner import Limits, Runner
-from web import browser, intake, logs, metrics, outbound
+from jobs.model import State, text_of
+from jobs.runner import Runner
+from web import intake, logs, metrics, outbound
 from web.metrics import Metrics
 from web.receiver import Receiver
 from web.server import Application, Server
@@ -46,10 +54,7 @@ MAX_PAGE = 1000
 #: Room in a posted event for all but its result.
 ENVELOPE_BYTES = 64 * 1024
 
-#: A signal is seen after this many seconds at the latest.
-WAIT_SECONDS = 0.5
-
-#: What stops the service in order.
+#: Each of them stops the service in order.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 #: The description of the routes.
@@ -61,30 +66,32 @@ log = logging.getLogger("postback")
 class Api:
     """The routes. What is refused is raised, and becomes a problem in `web/server.py`."""
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        journal: Journal,
-        runner: Runner,
-        receiver: Receiver,
-        metrics: Metrics,
-        base_url: str,
-    ) -> None:
-        self._config = config
-        self._journal = journal
-        self._runner = runner
-        self._receiver = receiver
-        self._metrics = metrics
-        self._base_url = base_url
+    def __init__(self, service: "Service") -> None:
+        self._config = service.config
+        self._journal = service.journal
+        self._runner = service.runner
+        self._metrics = service.metrics
+        self._base_url = service.base_url
+        self._own_receiver = outbound.parts(service.postback_url).origin
+        self._receiver = Receiver(
+            service.journal,
+            secrets=service.config.postback_secret,
+            max_body_bytes=service.max_body_bytes,
+            show=_print_to_terminal,
+        )
+        self._application = Application(self._config.api_token, _allowed_hosts(self._config))
 
     def application(self) -> Application:
         """Return the application with every route."""
-        app = Application(self._config.api_token)
+        app = self._application
+        app.uninstall(bottle.JSONPlugin)
+        app.install(bottle.JSONPlugin(functools.partial(json.dumps, default=text_of)))
         app.serve("POST", "/process", self.process)
         app.serve("GET", "/jobs", self.jobs)
+        app.serve("POST", "/jobs/resend", self.resend_undelivered)
         app.serve("GET", "/jobs/<job_id>", self.job)
-        app.serve("GET", "/jobs/<job_id>/result", self.result)
+        app.serve("DELETE", "/jobs/<job_id>", self.delete)
+        app.serve("GET", "/jobs/<job_id>/result", self.result, open_to_all=True)
         app.serve("POST", "/jobs/<job_id>/cancel", self.cancel)
         app.serve("POST", "/jobs/<job_id>/resend", self.resend)
         app.serve("POST", "/postprocessed", self._receiver.receive, open_to_all=True)
@@ -94,49 +101,73 @@ class Api:
         app.serve("GET", "/stats", self.stats)
         app.serve("GET", "/metrics", self.metrics)
         app.serve("GET", "/openapi.json", self.openapi)
-        browser.add_page(
-            app, base_url=self._base_url, needs_token=self._config.api_token is not None
-        )
+        app.serve_page()
         return app
 
     def process(self) -> dict[str, str]:
-        """Answer POST /process: check, commit, start, answer."""
+        """Answer POST /process: check and store. The commit and the answer follow."""
         environ = bottle.request.environ
         payload = intake.read_payload(environ, max_bytes=self._config.max_body_bytes)
+        job, key = self._new_job(payload), payload.idempotency_key
         job_id = self._runner.accept(
-            _new_job(payload, self._config.postback_allow),
+            job,
             payload.body,
-            idempotency_key=payload.idempotency_key,
-            body_sha256=hashlib.sha256(payload.body).hexdigest() if payload.idempotency_key else "",
+            idempotency_key=key,
+            body_sha256=hashlib.sha256(payload.body).hexdigest() if key else None,
         )
+        if job_id == job.id:
+            environ["postback.after"].append(functools.partial(self._accepted, job))
         if intake.prefers_async(environ):  # RFC 7240, section 4.1
             bottle.response.status = 202
             bottle.response.set_header("Preference-Applied", "respond-async")
-        bottle.response.set_header("Location", f"/jobs/{job_id}")
-        return {
-            "id": job_id,
-            "state": model.State.ACCEPTED,
-            "status_url": f"{self._base_url}/jobs/{job_id}",
-        }
+        status_url = f"{self._base_url}/jobs/{job_id}"
+        bottle.response.set_header("Location", status_url)
+        return {"id": job_id, "state": State.ACCEPTED, "status_url": status_url}
+
+    def _new_job(self, payload: intake.Payload) -> model.Job:
+        receiver = ""
+        if payload.postback_url is not None:
+            self._config.postback_allow.check(payload.postback_url)
+            origin = outbound.parts(payload.postback_url).origin
+            receiver = "" if origin == self._own_receiver else origin
+        now = model.utc_now()
+        return model.Job(
+            id=model.new_id(now),
+            state=State.ACCEPTED,
+            postback_url=payload.postback_url,
+            receiver=receiver,
+            metadata=payload.metadata,
+            forwarded=payload.forwarded,
+            created_at=now,
+        )
+
+    def _accepted(self, job: model.Job) -> None:
+        self._runner.wake()
+        self._metrics.accepted(job)
+        log.info("job accepted", extra=job.facts)
 
     def jobs(self) -> dict[str, Any]:
         """Answer GET /jobs: newest first, without payloads and results."""
         query = bottle.request.query
         state, before = query.get("state"), query.get("before")
-        if state is not None and state not in list(model.State):
-            raise errors.MalformedError(f"state must be one of {', '.join(model.State)}.")
+        if state is not None and state not in list(State):
+            raise _invalid(f"state must be one of {', '.join(State)}.")
         if before is not None:
             self._journal.job(before)
         page = self._journal.page(
-            state=model.State(state) if state else None, limit=_limit(), before=before
+            state=State(state) if state else None, limit=_limit(), before=before
         )
         return {"jobs": [self._summary(job) for job in page]}
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Answer GET /jobs/<id>: everything about one job."""
         job, body, event, attempts = self._journal.detail(job_id)
-        ending = json.loads(event.body)["data"] if event else {}
+        ending = json.loads(event)["data"] if event else {}
         links = {name: ending[name] for name in ending if name.startswith("result_")}
+        if job.outcome and not event:  # the event is too large to be shown
+            links = {"result_url": f"{self._base_url}/jobs/{job_id}/result"}
+        if not job.ended_at:
+            bottle.response.set_header("Retry-After", str(_retry_after(job)))
         return {
             **self._summary(job),
             "data": json.loads(body)["data"],
@@ -147,26 +178,27 @@ class Api:
         }
 
     def _summary(self, job: model.Job) -> dict[str, Any]:
-        return {**_summary(job), "progress": self._progress(job)}
+        shown = {name: getattr(job, name) for name in _SHOWN} | {"attempts_made": job.attempts}
+        run = self._runner.run_of(job.id) if job.state is State.RUNNING else None
+        shown["progress"] = run.progress if run else None
+        if run:
+            shown["started_at"] = run.started_at
+        retention = timedelta(seconds=self._config.retention_seconds)
+        shown["expires_at"] = job.ended_at and job.ended_at + retention
+        return shown
 
-    def _progress(self, job: model.Job) -> dict[str, Any] | None:
-        progress = self._runner.progress(job.id)
-        if progress is None or job.state is not model.State.RUNNING:
-            return None
-        at = model.text_of(progress.at)
-        return {"fraction": progress.fraction, "note": progress.note, "at": at}
+    def delete(self, job_id: str) -> bottle.HTTPResponse:
+        """Answer DELETE /jobs/<id>."""
+        self._journal.delete(job_id)
+        return bottle.HTTPResponse(status=204)
 
     def result(self, job_id: str) -> bytes:
         """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
-        job, _, event, _ = self._journal.detail(job_id)
-        if event is None or job.outcome is not model.Outcome.SUCCEEDED:
-            raise errors.MoveError(
-                job_id, state=job.outcome or job.state, wanted="read as a result"
-            )
+        key, expected = bottle.request.query.get("key", ""), self._journal.result_key(job_id)
+        if not (expected and hmac.compare_digest(key.encode(), expected.encode())):
+            self._application.check_token(bottle.request.environ)
         bottle.response.content_type = "application/json"
-        if event.result is not None:
-            return event.result.encode()
-        return json.dumps(json.loads(event.body)["data"]["result"]).encode()
+        return self._journal.result(job_id)
 
     def cancel(self, job_id: str) -> dict[str, Any]:
         """Answer POST /jobs/<id>/cancel."""
@@ -178,18 +210,27 @@ class Api:
         self._runner.resend(job_id)
         return self._summary(self._journal.job(job_id))
 
+    def resend_undelivered(self) -> dict[str, int]:
+        """Answer POST /jobs/resend."""
+        body = intake.read_body(bottle.request.environ, max_bytes=ENVELOPE_BYTES)
+        wanted = intake.parse(body, max_depth=1)
+        if not isinstance(wanted, dict) or wanted.keys() - {"state", "since"}:
+            raise _invalid('Send {"state": "undelivered"}, and perhaps "since".')
+        if wanted.get("state") != State.UNDELIVERED:
+            raise _invalid('state must be "undelivered".')
+        return {"resent": self._runner.resend_undelivered(_since(wanted.get("since")))}
+
     def received(self) -> dict[str, Any]:
         """Answer GET /postprocessed."""
         return self._receiver.listing(limit=_limit())
 
     def livez(self) -> dict[str, str]:
         """Answer GET /livez: the process answers."""
-        return {"status": "alive"}
+        return {"status": "alive", "version": postback.VERSION}
 
     def readyz(self) -> dict[str, str]:
         """Answer GET /readyz: a job would be accepted now, and its analysis could run."""
-        if reason := self._runner.refusal() or self._runner.standstill():
-            raise reason
+        self._runner.refuse_unready()
         return {"status": "ready"}
 
     def stats(self) -> dict[str, Any]:
@@ -201,67 +242,81 @@ class Api:
         bottle.response.content_type = metrics.CONTENT_TYPE
         return self._metrics.text()
 
-    def openapi(self) -> bytes:
+    def openapi(self) -> dict[str, Any]:
         """Answer GET /openapi.json: the description of these routes."""
-        bottle.response.content_type = "application/json"
-        return OPENAPI_PATH.read_bytes()
+        description: dict[str, Any] = json.loads(OPENAPI_PATH.read_bytes())
+        return {**description, "servers": [{"url": self._base_url}]}
 
 
 class Service:
     """Everything wired together, from the start to the stop."""
 
+    runner: Runner
+
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._happened: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._executor = _executor(config)
-        self._metrics = Metrics()
-        self._journal = Journal(
-            config.journal_path,
-            on_lost=lambda: self._happened.put(EXIT_LOST),
-            on_settled=self._metrics.settled,
+        self.config = config
+        self.max_body_bytes = max(config.max_body_bytes, config.postback_max_bytes + ENVELOPE_BYTES)
+        self.metrics = Metrics()
+        on_lost = functools.partial(_exit, EXIT_LOST)
+        self.journal = Journal(
+            config.journal_path, on_lost=on_lost, on_commit=self.metrics.committed
         )
-        self._metrics.watch(self._journal, lambda: self.runner.outlived)
+        self._executor = _executor(config, on_change=self._on_change)
+        self._is_running = self.is_stopping = False
 
     def start(self) -> None:
-        """Open the journal, take up what is unfinished, and begin to answer.
+        """Open the journal, load the analysis, resume what is unfinished, and begin to answer.
 
         Raises:
             ConfigError: The journal, the address or the analysis cannot be used.
-            JournalError: What is unfinished cannot be taken up.
+            JournalError: What is unfinished cannot be resumed.
         """
-        settings = self._config
+        config = self.config
+        self.journal.open()
         self._executor.start()
-        self._journal.open()
-        max_body_bytes = max(settings.max_body_bytes, settings.postback_max_bytes + ENVELOPE_BYTES)
-        self._server = Server(host=settings.host, port=settings.port, max_body_bytes=max_body_bytes)
-        self.base_url = settings.public_url or _own_url(settings.host, self._server.port)
-        self.postback_url = (
-            settings.postback_url or _own_url(settings.host, self._server.port) + "/postprocessed"
+        self.server = Server(host=config.host, port=config.port, max_body_bytes=self.max_body_bytes)
+        own_url = _own_url(config.host, self.server.port)
+        self.base_url = config.public_url or own_url
+        self.postback_url = config.postback_url or f"{own_url}/postprocessed"
+        self.runner = Runner(
+            config=config,
+            max_running=_places(config),
+            journal=self.journal,
+            executor=self._executor,
+            sender=self._sender(own_url),
+            metrics=self.metrics,
+            job_url=lambda job_id: f"{self.base_url}/jobs/{job_id}",
         )
-        self._sender = self._make_sender()
-        self.runner = self._make_runner()
-        receiver = Receiver(
-            self._journal,
-            secrets=settings.postback_secret,
-            max_body_bytes=max_body_bytes,
-            show=_print_to_terminal,
-        )
-        api = Api(
-            config=settings,
-            journal=self._journal,
-            runner=self.runner,
-            receiver=receiver,
-            metrics=self._metrics,
-            base_url=self.base_url,
-        )
+        self.metrics.watch(self.journal)
+        self._is_running = True  # from here on a stop has something to drain
         self.runner.start()
-        watched = logs.Watched(api.application(), self._metrics.answered)
+        self.server.start(Api(self).application(), self._turn, self.metrics.answered)
+        gc.freeze()  # what is there now stays: the collector need not look at it again
 
-        def on_answered() -> None:
-            self.runner.start_accepted()
-            watched.tell()
+    def _sender(self, own_url: str) -> postback.Sender:
+        config = self.config
+        return postback.Sender(
+            url=self.postback_url,
+            own_origins=frozenset(outbound.parts(url).origin for url in (self.base_url, own_url)),
+            policy=config.postback_allow,
+            secrets=config.postback_secret,
+            headers=config.postback_headers,
+            timeout_seconds=config.postback_timeout_seconds,
+            schedule=config.postback_schedule_seconds,
+            ca_path=config.postback_ca_bundle,
+        )
 
-        self._server.start(watched, settle=self._journal.settle, on_answered=on_answered)
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the transaction in which the server answers the short requests of one turn."""
+        if seconds := self.runner.pause_seconds():
+            threading.Event().wait(seconds)
+        with self.journal.transaction(durable=True):
+            yield
+
+    def _on_change(self) -> None:
+        if self._is_running:
+            self.runner.wake()
 
     def check(self) -> None:
         """Try what can be tried without the journal and the address.
@@ -272,172 +327,153 @@ class Service:
         self._executor.start()
         self._executor.close()
 
-    def catch_signals(self) -> None:
-        """Let a signal stop the service in order, also one that comes while it starts."""
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
-                signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGUSR1, lambda number, _: self._happened.put(number))
-
-    def run(self) -> int:
-        """Wait for a signal, then stop in order; return the exit code. SIGUSR1 backs up."""
-        while (happened := self._wait()) == signal.SIGUSR1:
-            self._back_up()
-        if happened == EXIT_LOST:
-            return EXIT_LOST
-        log.info("drain begun", extra={"seconds": self._config.drain_seconds})
-        try:
-            return EXIT_WAITING if self.stop() else 0
-        except errors.JournalError:  # logged where it was seen; the next start reads the disk
-            return EXIT_LOST
-
     def stop(self) -> int:
-        """Drain and close; return how many jobs wait for the next start."""
-        drained = self.runner.drain(self._config.drain_seconds)
-        self._executor.close()
-        self._server.stop()
-        self._sender.close()
-        self._journal.close()
-        log.info(
-            "drain ended", extra={"finished": drained.finished, "will_resume": drained.waiting}
-        )
-        return drained.waiting
-
-    def _wait(self) -> int:
-        # Not one long wait: a signal that comes just before it, or reaches another thread, is seen
-        # only when this thread runs on (measured: 4 of 40 right after a request).
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._happened.get(timeout=WAIT_SECONDS)
-
-    def _back_up(self) -> None:
-        # By a signal, not by a route: whoever may send jobs need not fill the disk.
+        """Drain and close; return the exit code."""
+        log.info("drain begun", extra={"seconds": self.config.drain_seconds})
+        self.is_stopping = True
+        if not self._is_running:
+            self._executor.close()
+            return 0
         try:
-            copy = self._journal.backup()
-        except errors.JournalError as exc:
-            log.error("journal not backed up", extra={"error": str(exc)})  # noqa: TRY400 - expected
-        else:
-            log.info("journal backed up", extra={"path": copy, "bytes": copy.stat().st_size})
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        # The second one ends at once: what is in the journal is taken up by the next start.
-        for again in STOP_SIGNALS:
-            if signal.getsignal(again) is not signal.SIG_IGN:  # as nohup wants it
-                signal.signal(again, lambda number, _: os._exit(128 + number))
-        self._happened.put(number)
-
-    def _make_sender(self) -> postback.Sender:
-        settings = self._config
-        return postback.Sender(
-            url=self.postback_url,
-            policy=settings.postback_allow,
-            secrets=settings.postback_secret,
-            headers=settings.postback_headers,
-            timeout_seconds=settings.postback_timeout_seconds,
-            schedule=settings.postback_schedule_seconds,
-        )
-
-    def _make_runner(self) -> Runner:
-        settings = self._config
-        return Runner(
-            journal=self._journal,
-            executor=self._executor,
-            postback=self._sender,
-            limits=Limits(
-                max_running=_places(settings),
-                max_pending=settings.max_pending,
-                job_timeout_seconds=settings.job_timeout_seconds,
-                retention_seconds=settings.retention_seconds,
-                max_event_bytes=settings.postback_max_bytes,
-            ),
-            result_url=lambda job_id: f"{self.base_url}/jobs/{job_id}/result",
-            observer=self._metrics,
-        )
+            waiting = self.runner.drain(self.config.drain_seconds)
+        except JournalError:  # logged where it was seen; the next start reads the disk
+            return EXIT_LOST
+        self.server.stop()
+        self._executor.close()
+        self.journal.close()
+        log.info("drain ended", extra={"will_resume": waiting})
+        return EXIT_WAITING if waiting else 0
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Start the service, or do what the one argument says."""
-    if list(arguments) in (["--help"], ["-h"]):
-        _print_help()
-        sys.exit(0)
-    if list(arguments) not in ([], ["--check"]):
-        print(f"Unknown arguments: {' '.join(arguments)}; try --help.", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
+    """Start the service, or do what the argument says."""
+    options = _parser().parse_args(arguments)
+    _open_standard_streams()
+    # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
+    signals = [one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         settings = config.load()
-        logs.configure(settings.log_level, settings.log_format)
+        logs.configure("error" if options.check else settings.log_level, settings.log_format)
         service = Service(settings)
-        if arguments:
+        if options.check:
             service.check()
             print("The settings are fine.")
             sys.exit(0)
-        service.catch_signals()
+    except ConfigError as exc:
+        _refuse(exc)
+    threading.Thread(target=_start, args=(service, settings), name="start", daemon=True).start()
+    signal.sigwait(signals)
+    threading.Thread(target=_stop, args=(service,), name="stop", daemon=True).start()
+    # The second one ends at once: what is in the journal is resumed by the next start.
+    os._exit(128 + signal.sigwait(signals))
+
+
+def _start(service: Service, settings: Config) -> None:
+    try:
         service.start()
-    except (errors.ConfigError, errors.JournalError) as exc:
-        logging.shutdown()  # what was logged stands above the reason
-        print(exc, file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
-    _greet(service, settings)
-    code = service.run()
-    logging.shutdown()
-    os._exit(code)  # daemon threads may hold on to an analysis: nobody waits for them
+        _greet(service, settings)
+    except (ConfigError, JournalError) as exc:
+        if not service.is_stopping:
+            _refuse(exc)
+    except BaseException:
+        log.exception("service not started")
+        _exit(EXIT_LOST)
 
 
-def _executor(settings: Config) -> Executor:
-    load, name = processing.load, settings.analysis
-    if settings.executor == "process":
-        return ProcessExecutor(load, name, workers=_places(settings))
+def _stop(service: Service) -> None:
+    code = EXIT_LOST  # unless it stops in order
+    try:
+        code = service.stop()
+    except Exception:
+        log.exception("service not stopped in order")
+    finally:
+        _exit(code)
+
+
+def _refuse(exc: Exception) -> NoReturn:
+    print(exc, file=sys.stderr, flush=True)
+    _exit(EXIT_REFUSED)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process. Nobody waits for threads, which may hang in a name look-up."""
+    with contextlib.suppress(Exception):  # a stream may be closed, or missing
+        logging.shutdown()
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Open the null device where a standard stream is closed, or a socket would take its number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _executor(settings: Config, on_change: Callable[[], None]) -> WorkerExecutor | DaskExecutor:
+    common: dict[str, Any] = {
+        "analysis": settings.analysis,
+        "log_level": settings.log_level,
+        "on_change": on_change,
+    }
     if settings.executor == "dask":
-        return DaskExecutor(
-            load,
-            name,
-            scheduler_url=settings.dask_scheduler or "",
-            upload_path=settings.dask_upload,
-        )
-    return ThreadExecutor(load(name))
+        url = settings.dask_scheduler or ""
+        return DaskExecutor(**common, scheduler_url=url, upload_path=settings.dask_upload)
+    workers = _places(settings) if settings.executor == "process" else None
+    return WorkerExecutor(**common, workers=workers)
 
 
 def _places(settings: Config) -> int:
     """Return how many analyses may run at once."""
     if settings.executor == "process":
-        return min(settings.workers or os.cpu_count() or 1, settings.max_running)
+        return min(settings.workers or config.cpu_count(), settings.max_running)
     return settings.max_running
 
 
-def _new_job(payload: intake.Payload, policy: outbound.Policy) -> model.Job:
-    receiver = ""
-    if payload.postback_url is not None:
-        policy.check(payload.postback_url)
-        receiver = outbound.parts(payload.postback_url).origin
-    return model.new_job(
-        postback_url=payload.postback_url, receiver=receiver, forwarded=payload.forwarded
-    )
+def _allowed_hosts(settings: Config) -> frozenset[str] | None:
+    if settings.api_token or not _is_loopback(settings.host):
+        return None
+    url = settings.public_url
+    return frozenset([outbound.parts(url).host.strip("[]")] if url else [])
 
 
-def _summary(job: model.Job) -> dict[str, Any]:
-    def text(name: str) -> str | None:
-        instant = getattr(job, name)
-        return instant and model.text_of(instant)
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
-    return {
-        "id": job.id,
-        "state": job.state,
-        "outcome": job.outcome,
-        "postback_url": job.postback_url,
-        "starts": job.starts,
-        "attempts_made": job.attempts,
-        **{
-            name: text(name)
-            for name in ("created_at", "started_at", "finished_at", "next_attempt_at", "ended_at")
-        },
-    }
+
+#: What is shown of a job, beside what only some routes show.
+_SHOWN = (
+    *("id", "state", "outcome", "postback_url", "metadata", "starts", "interrupted", "last_error"),
+    *(field.name for field in dataclasses.fields(model.Job) if field.name.endswith("_at")),
+)
+
+
+def _retry_after(job: model.Job) -> int:
+    """Return the seconds after which another look at a job makes sense."""
+    next_at = job.next_start_at or job.next_attempt_at
+    seconds = (next_at - model.utc_now()).total_seconds() if next_at else 2
+    return round(min(max(seconds, 1), 60))
+
+
+def _since(value: Any) -> datetime:
+    if value is None:
+        return datetime(1970, 1, 1, tzinfo=UTC)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        since = datetime.fromisoformat(value)
+        return since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC)
+    raise _invalid("since must be an instant such as 2026-01-02T03:04:05Z.")
 
 
 def _limit() -> int:
     text = bottle.request.query.get("limit", str(PAGE))
     if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= MAX_PAGE):
-        raise errors.MalformedError(f"limit must be a whole number from 1 to {MAX_PAGE}.")
+        raise _invalid(f"limit must be a whole number from 1 to {MAX_PAGE}.")
     return int(text)
+
+
+def _invalid(detail: str) -> Refusal:
+    return Refusal(400, "Invalid request", detail)
 
 
 def _own_url(host: str, port: int) -> str:
@@ -450,13 +486,13 @@ def _greet(service: Service, settings: Config) -> None:
     token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
     text = (
         f"Postback listens on {service.base_url}\n"
-        f"Results are posted to {service.postback_url}\n"
+        f"Results are posted to {config.without_password(service.postback_url)}\n"
         f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
         """-d '{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'"""
     )
-    with contextlib.suppress(OSError):  # whoever started it may no longer listen
+    with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
         print(text, flush=True)
-    if settings.host in ("127.0.0.1", "::1", "localhost"):
+    if _is_loopback(settings.host):
         return
     if not settings.api_token:
         log.warning("anyone can send jobs: set API_TOKEN", extra={"host": settings.host})
@@ -469,10 +505,17 @@ def _print_to_terminal(text: str) -> None:
         print(text, flush=True)
 
 
-def _print_help() -> None:
-    print(f"{__doc__}\nSettings, as environment variables:\n")
-    for name, default, meaning in config.table():
-        print(f"  {name:<20} {default:<26} {meaning}")
+def _parser() -> argparse.ArgumentParser:
+    rows = [f"  {name:<20} {default:<26} {meaning}" for name, default, meaning in config.table()]
+    parser = argparse.ArgumentParser(
+        prog="./run",
+        description="Start the service: answer at once, post the result back later.",
+        epilog="\n".join(["settings, as environment variables:", *rows]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="validate the settings and end")
+    parser.add_argument("--version", action="version", version=postback.VERSION)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Small analyses, to be named as ANALYSIS=tests.analyses:name."""
+"""Small analyses, to be named as ANALYSIS=tests.analyses:name, or in the data for `act`."""
 
-import contextlib
 import ctypes
+import inspect
 import os
 import signal
 import subprocess
@@ -14,60 +14,24 @@ from typing import Any
 PATIENCE_SECONDS = 20
 
 
-class Gate:
-    """Holds analyses up until it is opened, and tells which have come to it."""
-
-    def __init__(self) -> None:
-        self.begun: list[Any] = []
-        self.threads: list[threading.Thread] = []
-        self._changed = threading.Condition()
-        self._passes = 0
-
-    def enter(self, data: Any) -> None:
-        with self._changed:
-            self.begun.append(data)
-            self.threads.append(threading.current_thread())
-            self._changed.notify_all()
-            assert self._changed.wait_for(lambda: self._passes, PATIENCE_SECONDS)
-            self._passes -= 1
-
-    def open(self, passes: int = 1_000_000) -> None:
-        """Let so many analyses through."""
-        with self._changed:
-            self._passes += passes
-            self._changed.notify_all()
-
-    def wait_for(self, n: int) -> list[Any]:
-        """Return what all analyses were given, as soon as `n` of them have begun."""
-        with self._changed:
-            came = self._changed.wait_for(lambda: len(self.begun) >= n, PATIENCE_SECONDS)
-            assert came, f"{len(self.begun)} of {n} analyses began"
-            return list(self.begun)
-
-
-#: Replaced for each test by `gated`.
-gate = Gate()
-
-
-@contextlib.contextmanager
-def gated():
-    """Give the analyses a new gate, opened in the end whatever happens."""
-    global gate  # noqa: PLW0603 - an analysis is named by its module, so the gate lies there too
-    gate = Gate()
-    try:
-        yield gate
-    finally:
-        gate.open()
+def act(data: Any, job: Any) -> Any:
+    """Call the function that the data names, as {"call": name, "with": data}; echo other data."""
+    if not (isinstance(data, dict) and "call" in data):
+        return data
+    function = globals()[data["call"]]
+    takes_job = "job" in inspect.signature(function).parameters
+    return function(data["with"], job) if takes_job else function(data["with"])
 
 
 def echo(data: Any) -> Any:
     return data
 
 
-def wait(data: Any) -> Any:
-    """Wait at the gate, then echo."""
-    gate.enter(data)
-    return data
+def wait(data: str, job: Any) -> str:
+    """Leave a mark beside a file, and wait until the file is there."""
+    note_down(f"{data}.{job.id}", "")
+    wait_for_file(data)
+    return "waited"
 
 
 def sleep(data: float) -> float:
@@ -76,8 +40,32 @@ def sleep(data: float) -> float:
     return data
 
 
+def compute(data: float) -> int:
+    """Keep the interpreter busy for as many seconds."""
+    over = threading.Event()
+    threading.Timer(data, over.set).start()
+    rounds = 0
+    while not over.is_set():
+        rounds += sum(range(1000)) > 0
+    return rounds
+
+
+def pid(data: Any) -> int:
+    return os.getpid()
+
+
+# Ways to fail
+
+
 def fail(data: Any) -> Any:
     raise ValueError(f"cannot analyze {data}")
+
+
+def fail_at_first(data: int, job: Any) -> int:
+    """Raise in as many runs as the data says."""
+    if job.start <= data:
+        raise ValueError(f"run {job.start}")
+    return int(job.start)
 
 
 def leave(data: Any) -> Any:
@@ -98,21 +86,13 @@ def nan(data: Any) -> float:
 
 
 def unserialisable(data: Any) -> Any:
-    return {1, 2, 3}
+    return {"rows": [{1, 2, 3}]}
 
 
 def circular(data: Any) -> Any:
     ring: list[Any] = []
     ring.append(ring)
     return ring
-
-
-def deep(data: Any) -> Any:
-    """Return something nested 2,000 levels deep."""
-    value: Any = 1
-    for _ in range(2000):
-        value = [value]
-    return value
 
 
 def large(data: int) -> str:
@@ -126,6 +106,9 @@ def change(data: list[Any]) -> str:
     return "emptied"
 
 
+# Ways to harm a process
+
+
 def end_process(data: Any) -> Any:
     """End the process in the way that the data names; anything else is echoed."""
     ways = {
@@ -133,63 +116,83 @@ def end_process(data: Any) -> Any:
         "exit 0": lambda: os._exit(0),
         "exit 3": lambda: os._exit(3),
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "segfault, a child lives": _leave_a_child,
     }
     return ways.get(data, lambda: data)()
 
 
-def be_deaf(data: str) -> None:
-    """Pass over every signal, write the ids of this process and of a child, and never return."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, signal.SIG_IGN)
-    child = subprocess.Popen(["sleep", str(PATIENCE_SECONDS)])
-    note_down(data, f"{os.getpid()} {child.pid}")
+def fork(data: str) -> str:
+    """Fork; the child returns, raises, leaves, or fails to become another program."""
+    if os.fork():
+        return data
+    if data == "raise":
+        raise ValueError("in the child")
+    if data == "exit":
+        sys.exit(0)
+    if data == "exec":
+        os.execvp("no-such-tool-anywhere", ["no-such-tool-anywhere"])
+    return data
+
+
+def hang(data: str, job: Any) -> None:
+    """Leave the process id beside a file, and never return."""
+    note_down(f"{data}.{job.id}", str(os.getpid()))
     while True:
-        pass
+        threading.Event().wait(60)
 
 
-def pid(data: Any) -> int:
-    return os.getpid()
+def start_child(data: str, job: Any) -> None:
+    """Start a process, leave its id beside a file, and wait for the file."""
+    child = subprocess.Popen(["sleep", str(PATIENCE_SECONDS)])
+    note_down(f"{data}.{job.id}", str(child.pid))
+    wait_for_file(data)
 
 
-def meet(data: dict[str, Any]) -> int:
-    """Write this process's id down at `here`, wait until `there` exists, and return the id."""
-    note_down(data["here"], str(os.getpid()))
-    wait_for_file(data["there"])
-    return os.getpid()
+# The job
 
 
-def report(data: list[Any], progress: Any) -> str:
-    """Report each of the reports, then wait until the last path exists."""
-    *reports, path = data
-    for one in reports:
-        progress(*one)
+def describe(data: Any, job: Any) -> dict[str, Any]:
+    """Return all that the job says about itself."""
+    return {"id": job.id, "start": job.start, "metadata": job.metadata, "kept": job.kept}
+
+
+def report(data: list[Any], job: Any) -> None:
+    """Report progress, and wait for a file."""
+    fraction, note, path = data
+    job.progress(fraction, note)
     wait_for_file(path)
-    return "told"
 
 
-def report_late(data: str, progress: Any) -> str:
-    """Leave a thread that reports for this job while the next one runs."""
-    if Path(data).exists():
-        assert _reported.wait(PATIENCE_SECONDS)
-        return "waited"
-
-    def go_on() -> None:
-        wait_for_file(data)
-        progress(0.9, "late")
-        _reported.set()
-
-    threading.Thread(target=go_on).start()
-    return "left"
+def keep(data: list[Any], job: Any) -> Any:
+    """Return what was kept; or keep a value, leave a mark beside a file, and do what it says."""
+    value, path, then = data
+    if job.kept is not None:
+        return [job.start, job.kept]
+    job.progress(0.5, keep=value)
+    note_down(f"{path}.{job.id}", "")
+    return act(then, job)
 
 
-_reported = threading.Event()
+def count(data: list[Any], job: Any) -> list[int]:
+    """Take steps, each noted down in a file; go on behind those that were kept."""
+    steps, path = data
+    done = job.kept or []
+    for step in range(len(done), steps):
+        with Path(path).open("a", encoding="ascii") as file:
+            file.write(f"{step}\n")
+        threading.Event().wait(0.02)
+        done.append(step)
+        job.progress(len(done) / steps, keep=done)
+    return done
+
+
+# Helpers
 
 
 def note_down(path: str, text: str) -> None:
     """Write a file that is there as a whole, or not at all."""
-    Path(f"{path}.new").write_text(text, encoding="ascii")
-    Path(f"{path}.new").rename(path)
+    new = Path(path).with_name(f"new-{Path(path).name}")
+    new.write_text(text, encoding="ascii")
+    new.rename(path)
 
 
 def wait_for_file(path: str) -> None:
@@ -198,29 +201,3 @@ def wait_for_file(path: str) -> None:
             return
         threading.Event().wait(0.01)
     raise TimeoutError(path)
-
-
-def _leave_a_child() -> None:
-    if os.fork() == 0:
-        threading.Event().wait(PATIENCE_SECONDS)
-        os._exit(0)
-    ctypes.string_at(0)
-
-
-def either(data: Any) -> Any:
-    """Meet where the data names two paths, else end the process as it says."""
-    return meet(data) if isinstance(data, dict) else end_process(data)
-
-
-def start_child(data: str) -> int:
-    """Start a child, and once the file `data`.go is there tell which signal could end it."""
-    child = subprocess.Popen(["sleep", str(PATIENCE_SECONDS)])
-    note_down(data, f"{os.getpid()} {child.pid}")
-    wait_for_file(f"{data}.go")
-    child.terminate()
-    return child.wait()
-
-
-def cores(data):
-    """Return how many cores this thread may use."""
-    return len(os.sched_getaffinity(0))

@@ -1,9 +1,10 @@
-"""What the tests share: a caller, the service inside the test process, and the real process."""
+"""What the tests share: a caller, the real service, and the service inside the test's process."""
 
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import app
 import config
 from jobs import model
 from jobs.journal import Journal
+from tests.receiver import Answer, Receiver, Recorded
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,12 +28,32 @@ T = TypeVar("T")
 
 def poll(find: Callable[[], T | None], what: str, timeout: float = 10) -> T:
     """Return what `find` returns, as soon as that is something."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.001
     while time.monotonic() < deadline:
         if found := find():
             return found
-        threading.Event().wait(0.005)
+        threading.Event().wait(pause)
+        pause = min(2 * pause, 0.03)
     raise AssertionError(f"{what}: not within {timeout} s")
+
+
+def environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of this process with these settings, and no other ones."""
+    names = {config.variable(name) for name in config.Config.__dataclass_fields__}
+    own = {name: value for name, value in os.environ.items() if name not in names}
+    own = {name: value for name, value in own.items() if not name.startswith("POSTBACK_")}
+    return {**own, "PORT": "0", "DRAIN": "5s", **settings}
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def act(name: str, argument: Any = None) -> dict[str, Any]:
+    """Return the data for which `tests.analyses:act` calls the function of this name."""
+    return {"call": name, "with": argument}
 
 
 class Caller:
@@ -57,10 +79,19 @@ class Caller:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
+    def send(self, data: Any, to: "Receiver | Mailbox | None" = None, **fields: Any) -> str:
+        """Send data, to be posted back to a receiver, and return the job's id."""
+        url = {"postback_url": to.url} if to else {}
+        return self.process({"data": data, **url, **fields})
+
     def job(self, job_id: str) -> Any:
         answer = self.get(f"/jobs/{job_id}")
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def ids(self, query: str = "") -> list[str]:
+        """Return the ids on a page of jobs, the newest first."""
+        return [job["id"] for job in self.get("/jobs" + query).json()["jobs"]]
 
     def wait_for(self, job_id: str, *states: str, timeout: float = 10) -> Any:
         """Return the job as soon as it is in one of the states; by default in a final one."""
@@ -72,37 +103,35 @@ class Caller:
 
         return poll(find, f"job {job_id} {wanted}", timeout)
 
+    def wait_for_all(self, job_ids: list[str], timeout: float = 20) -> list[Any]:
+        """Return these jobs as soon as all of them have ended."""
+        deadline = time.monotonic() + timeout
+        return [self.wait_for(one, timeout=deadline - time.monotonic()) for one in job_ids]
+
     def close(self) -> None:
         self._session.close()
 
 
 class InProcess(Caller):
-    """The service in the test's own process: fast, and open to a look inside."""
+    """The service in the test's own process: for what must be looked at, or set, inside."""
 
     def __init__(self) -> None:
+        super().__init__("")
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start, with the settings of the environment; after a stop with the same journal."""
         self.service = app.Service(config.load())
         self.service.start()
-        super().__init__(self.service.base_url)
+        self.base_url = self.service.base_url
 
     def stop(self) -> int:
         self.close()
         return self.service.stop()
 
-    def restart(self) -> int:
-        """Stop in order and start again; return how many jobs were left for that."""
-        left = self.service.stop()
-        self.start_again()
-        return left
-
-    def start_again(self) -> None:
-        """Start what has stopped, with the same settings and the same journal."""
-        self.service = app.Service(config.load())
-        self.service.start()
-        self.base_url = self.service.base_url
-
     @property
     def journal(self) -> Journal:
-        return self.service._journal
+        return self.service.journal
 
 
 @contextlib.contextmanager
@@ -121,39 +150,49 @@ def failing(journal: Journal) -> Iterator[None]:
 class RealProcess(Caller):
     """The service as a user starts it, to be killed and started again."""
 
-    def __init__(self, env: Mapping[str, str], *, command: tuple[str, ...] = ("app.py",)) -> None:
-        self._env, self._command = env, command
+    def __init__(
+        self, settings: Mapping[str, str], *, command: tuple[str, ...] = ("app.py",)
+    ) -> None:
+        self._env, self._command = environment(settings), command
         self.start()
 
     def start(self) -> None:
         self.process_ = subprocess.Popen(
             [sys.executable, *self._command],
             cwd=ROOT,
-            env={**os.environ, **self._env},
+            env=self._env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._errors: list[str] = []
-        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         line = self.process_.stdout.readline()
-        assert "listens on" in line, (line, self.log())
-        super().__init__(line.split()[-1])
+        super().__init__(line.strip().rpartition(" ")[2])
+        if "listens on" not in line:
+            self.process_.kill()
+            self.wait()
+            raise AssertionError(f"The service did not start: {line}{self.log()}")
 
     @property
     def pid(self) -> int:
         return self.process_.pid
 
+    def workers(self) -> list[int]:
+        """Return the process ids of its children."""
+        paths = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(word) for path in paths for word in path.read_text().split()]
+
     def log(self) -> str:
         """Return what it has written to standard error."""
-        return "".join(self._errors)
+        return "".join(self._lines)
 
     def wait_for_log(self, text: str, timeout: float = 10) -> None:
         poll(lambda: text in self.log(), f"{text!r} in the log: {self.log()}", timeout)
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """End it as the kernel would, at any moment."""
         self.end(signal.SIGKILL)
 
     def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
@@ -164,16 +203,77 @@ class RealProcess(Caller):
     def wait(self, timeout: float = 20) -> int:
         code = self.process_.wait(timeout)
         self._reader.join(5)
+        assert not self._reader.is_alive(), "a child of the service lives on"
         self.process_.stdout.close()
         self.process_.stderr.close()
         self.close()
         return code
 
-    def _read_errors(self) -> None:
+    def _read_log(self) -> None:
         for line in self.process_.stderr:
-            self._errors.append(line)
+            self._lines.append(line)
+
+
+class Mailbox:
+    """One path at a receiver that many tests share; with answers and requests of its own."""
+
+    def __init__(self, receiver: Receiver, path: str) -> None:
+        self.url = receiver.url_for(path)
+        self.answers: list[Answer] = []
+        self.default: Answer = 204
+        self._receiver, self._path = receiver, path
+
+    @property
+    def requests(self) -> list[Recorded]:
+        return [one for one in list(self._receiver.requests) if one.path == self._path]
+
+    def wait_for(self, n: int, timeout: float = 10) -> list[Recorded]:
+        """Return all requests as soon as there are `n`."""
+        poll(lambda: len(self.requests) >= n, f"{n} requests at {self._path}", timeout)
+        return self.requests
+
+    def answer(self) -> Answer:
+        return self.answers.pop(0) if self.answers else self.default
+
+
+class Gate:
+    """Holds up analyses, as the data tells them, until it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.data = act("wait", str(path))
+
+    def open(self) -> None:
+        self._path.touch()
+
+    def wait_for(self, n: int) -> list[str]:
+        """Return the ids of all jobs whose analyses have begun, as soon as there are `n`."""
+        poll(lambda: len(self.begun()) >= n, f"{n} analyses at the gate")
+        return self.begun()
+
+    def begun(self) -> list[str]:
+        """Return the ids of the jobs that came to it, in their order."""
+        return [mark.suffix[1:] for mark in self._marks()]
+
+    def forget(self) -> None:
+        """Count no job that came to it before."""
+        for mark in self._marks():
+            mark.unlink()
+
+    def _marks(self) -> list[Path]:
+        marks = self._path.parent.glob(f"{self._path.name}.*")
+        return sorted(marks, key=lambda mark: mark.stat().st_mtime_ns)
 
 
 def events(requests_: Any) -> list[Any]:
     """Return the events that a receiver recorded."""
     return [json.loads(one.body) for one in requests_]
+
+
+def refusal(answer: requests.Response, status_code: int) -> str:
+    """Return the detail of an answer that refuses, once its form is seen to be right."""
+    problem = answer.json()
+    assert answer.status_code == problem["status"] == status_code, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert sorted(problem) == ["detail", "status", "title", "type"]
+    return str(problem["detail"])

@@ -6,18 +6,17 @@ with `:after`, when the method has done its work and nobody knows yet.
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import app
-from jobs.executors import ThreadExecutor
+from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from postback import Sender
 
 #: The exit code of a process that was killed by SIGKILL, as a shell tells it.
 KILLED = 137
 
-OWNERS = {owner.__name__: owner for owner in (Journal, Sender, ThreadExecutor)}
+OWNERS = {owner.__name__: owner for owner in (Journal, Sender, WorkerExecutor)}
 
 
 def die_at(point: str) -> None:
@@ -33,14 +32,6 @@ def die_at(point: str) -> None:
         os._exit(KILLED)
 
     setattr(owner, name, last)
-
-
-def read(data: str) -> str:
-    """Be an analysis that the test holds up by a fifo, and that `poison` in the file kills."""
-    text = Path(data).read_text(encoding="utf-8")
-    if text == "poison":
-        os._exit(KILLED)
-    return text
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
 POST /postprocessed, each on a connection of its own that is half-closed after it. What is sent
 depends on the seed and the number of the mutation alone, the time in signatures aside. No answer
 may be a 5xx but 503 (501 comes from the server itself, for a Transfer-Encoding that it does not
-know), no connection may be left hanging, and in the end the service must have no more memory,
-threads and descriptors than after the first tenth. Otherwise the exit code is 1.
+know), no connection may be left hanging, and at the end the service and its worker must have no
+more memory, threads and descriptors than after the first tenth. Otherwise the exit code is 1.
 """
 
-import concurrent.futures
 import itertools
 import json
 import random
@@ -19,18 +18,19 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from tests import wire
 from tests.harness import RealProcess, poll
+from tests.soak.kills import usage
 from web import signatures
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 SETTINGS = {
-    "PORT": "0",
     "ANALYSIS": "tests.analyses:echo",
     "POSTBACK_SECRET": SECRET,
     "POSTBACK_ALLOW": "http://127.0.0.1:9",
@@ -40,14 +40,15 @@ SETTINGS = {
     "LOG_LEVEL": "error",
 }
 
-UNFINISHED = ("accepted", "running", "delivering")
-
 #: Statuses that a caller may cause.
-ALLOWED = {200, 202, 400, 401, 404, 405, 409, 411, 413, 415, 422, 431, 501, 503}
+ALLOWED = {100, 200, 202, 400, 401, 403, 404, 405, 409, 411, 413, 415, 422, 431, 501, 503}
 
 CALLERS = 8
 PATIENCE_SECONDS = 10.0
-MAX_GROWTH_BYTES = 20 * 1024 * 1024
+
+#: What may grow, and by how much. The service posts to itself by up to 32 connections, both of
+#: whose ends are its own.
+ROOM = {"resident MiB": 20, "threads": 4, "descriptors": 64}
 
 #: What is put in, or in place of something.
 TOKENS = (
@@ -60,62 +61,8 @@ TOKENS = (
     *(b"../", b"*", b"http://127.0.0.1:9/", b"file:///", b"webhook-id: x\r\n", b"v1,", b"whsec_"),
 )
 
-_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
-
-
-def request(dice: random.Random) -> bytes:
-    """Return a valid request to one of the two routes."""
-    return dice.choice((_process, _process_in_chunks, _postprocessed))(dice)
-
-
-def mutated(seed: str, number: int) -> bytes:
-    """Return one mutation, the same for the same seed and number but for the time it is signed."""
-    dice = random.Random(f"{seed} {number}")
-    text = bytearray(request(dice))
-    for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
-        dice.choice(MUTATIONS)(text, dice)
-    return bytes(text)
-
-
-def _process(dice: random.Random) -> bytes:
-    return _with_length("/process", _payload(dice), dice.choice(_EXTRAS))
-
-
-def _process_in_chunks(dice: random.Random) -> bytes:
-    body = _payload(dice)
-    cut = dice.randrange(1, len(body))
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (body[:cut], body[cut:]))
-    return _head("/process", "Transfer-Encoding: chunked\r\n") + chunks + b"0\r\n\r\n"
-
-
-def _postprocessed(dice: random.Random) -> bytes:
-    job_id = f"{dice.getrandbits(64):x}"
-    now = datetime.now(UTC)
-    body = b'{"type": "job.succeeded", "data": {"id": "%s"}}' % job_id.encode()
-    signature = signatures.sign([SECRET], webhook_id=job_id, timestamp=now, body=body)
-    signed = f"webhook-id: {job_id}\r\nwebhook-timestamp: {int(now.timestamp())}\r\n"
-    return _with_length("/postprocessed", body, f"{signed}webhook-signature: {signature}\r\n")
-
-
-def _payload(dice: random.Random) -> bytes:
-    data: Any = dice.choice(
-        ([3, 1, 4], {"a": [None, True, 1.5e3]}, "text \u00e9", 0, [[[[]]]], -1.0)
-    )
-    fields = {"data": data} | dice.choice(({}, {}, {"postback_url": "http://127.0.0.1:9/"}))
-    return json.dumps(fields, ensure_ascii=dice.random() < 0.5).encode()
-
-
-def _with_length(path: str, body: bytes, extra: str) -> bytes:
-    return _head(path, f"Content-Length: {len(body)}\r\n{extra}") + body
-
-
-def _head(path: str, extra: str) -> bytes:
-    kind = "Content-Type: application/json\r\n"
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{kind}{extra}\r\n".encode()
-
-
-_EXTRAS = (
-    "",
+#: What stands in the header of a valid request.
+EXTRAS = (
     "",
     "Idempotency-Key: k-1\r\n",
     'Prefer: respond-async\r\ntracestate: a=b\r\nIdempotency-Key: "k 2"\r\n',
@@ -123,71 +70,64 @@ _EXTRAS = (
     "Authorization: Bearer x\r\nX-Request-ID: 1\r\nX-Forwarded-For: 10.0.0.1\r\n",
 )
 
-
-def _flip(text: bytearray, dice: random.Random) -> None:
-    text[dice.randrange(len(text))] ^= 1 << dice.randrange(8)
-
-
-def _replace(text: bytearray, dice: random.Random) -> None:
-    text[dice.randrange(len(text))] = dice.randrange(256)
-
-
-def _insert(text: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(text))
-    text[at:at] = dice.choice(TOKENS)
+#: What is sent, and what beside it.
+DATA: tuple[Any, ...] = ([3, 1, 4], {"a": [None, True, 1.5e3]}, "text \u00e9", 0, [[[[]]]], -1.0)
+FIELDS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"postback_url": "http://127.0.0.1:9/"},
+    {"metadata": {"order": [17]}},
+)
 
 
-def _overwrite(text: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(text))
-    token = dice.choice(TOKENS)
-    text[at : at + len(token)] = token
+def mutated(seed: str, number: int) -> bytes:
+    """Return one mutation, the same for the same seed and number but for the time it is signed."""
+    dice = random.Random(f"{seed} {number}")
+    text = bytearray(_request(dice).replace(b"Host: x", b"Host: localhost", 1))
+    for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
+        _mutate(text, dice)
+    return bytes(text)
 
 
-def _remove(text: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(text))
-    del text[at : min(at + dice.choice((1, 2, 10, 60)), len(text) - 1)]
+def _request(dice: random.Random) -> bytes:
+    if dice.randrange(3) == 0:
+        return _postprocessed(dice)
+    payload: dict[str, Any] = {"data": dice.choice(DATA), **dice.choice(FIELDS)}
+    body = json.dumps(payload, ensure_ascii=dice.random() < 0.5).encode()
+    cut = dice.randrange(1, len(body))
+    extra = dice.choice(EXTRAS)
+    whole, chunks = wire.post(body, extra=extra), wire.chunked(body[:cut], body[cut:], extra=extra)
+    return dice.choice((whole, chunks))
 
 
-def _repeat(text: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(text))
-    piece = text[at : at + dice.choice((1, 10, 60))]
-    text[at:at] = piece * dice.choice((1, 2, 50))
+def _postprocessed(dice: random.Random) -> bytes:
+    job_id, now = f"{dice.getrandbits(64):x}", datetime.now(UTC)
+    body = b'{"type": "job.succeeded", "data": {"id": "%s"}}' % job_id.encode()
+    signature = signatures.sign([SECRET], webhook_id=job_id, timestamp=now, body=body)
+    signed = f"webhook-id: {job_id}\r\nwebhook-timestamp: {int(now.timestamp())}\r\n"
+    extra = f"{signed}webhook-signature: {signature}\r\n"
+    return wire.post(body, path="/postprocessed", extra=extra)
 
 
-def _number(text: bytearray, dice: random.Random) -> None:
-    found = dice.choice(list(re.finditer(rb"\d+", text)) or [None])
-    if found:
-        text[slice(*found.span())] = dice.choice(
-            (b"", b"-1", b"0", b"99999999999999999999", b"1.5")
-        )
-
-
-def _swap_lines(text: bytearray, dice: random.Random) -> None:
+def _mutate(text: bytearray, dice: random.Random) -> None:
+    """Change one place of a text, or the order of its lines."""
     lines = bytes(text).split(b"\r\n")
-    dice.shuffle(lines)
-    text[:] = b"\r\n".join(lines) or b" "
-
-
-MUTATIONS = (_flip, _replace, _insert, _overwrite, _remove, _repeat, _number, _swap_lines)
-
-
-def exchange(address: tuple[str, int], sent: bytes) -> tuple[list[int], float]:
-    """Send bytes and no more; return the statuses that came until the other side closed.
-
-    Raises:
-        TimeoutError: It neither answers nor closes.
-    """
-    began, received = time.monotonic(), b""
-    with socket.create_connection(address, PATIENCE_SECONDS) as conn:
-        try:
-            conn.sendall(sent)
-            conn.shutdown(socket.SHUT_WR)
-            while piece := conn.recv(65536):
-                received += piece
-        except (ConnectionResetError, BrokenPipeError, OSError) as exc:
-            if isinstance(exc, TimeoutError):
-                raise
-    return [int(code) for code in _STATUS.findall(received)], time.monotonic() - began
+    at, token = dice.randrange(len(text)), dice.choice(TOKENS)
+    number = dice.choice([*re.finditer(rb"\d+", text), re.match(b"", text)])
+    piece = text[at : at + dice.choice((1, 2, 10, 60))]
+    changes = (
+        (at, at + 1, bytes([text[at] ^ 1 << dice.randrange(8)])),
+        (at, at + 1, dice.randbytes(1)),
+        (at, at, token),
+        (at, at + len(token), token),
+        (at, at + len(piece), b""),
+        (at, at, piece * dice.choice((1, 2, 50))),
+        (*number.span(), dice.choice((b"", b"-1", b"0", b"99999999999999999999", b"1.5"))),
+        (0, len(text), b"\r\n".join(dice.sample(lines, len(lines)))),
+    )
+    start, end, new = dice.choice(changes)
+    text[start:end] = new
+    text += b"" if text else b" "
 
 
 class Fuzz:
@@ -202,73 +142,54 @@ class Fuzz:
         self.longest_seconds = 0.0
         self.faults: list[str] = []
 
-    def send(self, numbers: Iterable[int]) -> None:
+    def send(self, numbers: Iterator[int]) -> None:
         """Send these mutations from several callers at once; stop at the first fault."""
-        shared = iter(numbers)
-        with concurrent.futures.ThreadPoolExecutor(CALLERS) as pool:
-            for one in [pool.submit(self._call, shared) for _ in range(CALLERS)]:
+        with ThreadPoolExecutor(CALLERS) as pool:
+            for one in [pool.submit(self._call, numbers) for _ in range(CALLERS)]:
                 one.result()
-
-    def _call(self, shared: Iterable[int]) -> None:
-        while not self.faults:
-            with self._lock:
-                number = next(iter(shared), None)
-            if number is None:
-                return
-            self._one(number)
-
-    def _one(self, number: int) -> None:
-        sent = mutated(self._seed, number)
-        try:
-            codes, seconds = exchange(self._address, sent)
-        except OSError as exc:
-            codes, seconds = [], 0.0
-            self.faults.append(f"mutation {number}: {exc!r}: {sent!r}")
-        with self._lock:
-            self.sent += 1
-            self.codes.update(codes or [0])
-            self.longest_seconds = max(self.longest_seconds, seconds)
-            if bad := set(codes) - ALLOWED - {100}:
-                self.faults.append(f"mutation {number}: {bad}: {sent!r}")
 
     def line(self) -> str:
         codes = ", ".join(f"{n} x {code or 'closed'}" for code, n in sorted(self.codes.items()))
-        return (
-            f"{self.sent} mutations, seed {self._seed}: {codes}; "
-            f"longest {self.longest_seconds:.2f} s"
-        )
+        many = f"{self.sent} mutations, seed {self._seed}"
+        return f"{many}: {codes}; longest {self.longest_seconds:.2f} s"
+
+    def _call(self, numbers: Iterator[int]) -> None:
+        while not self.faults:
+            with self._lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            began, sent = time.monotonic(), mutated(self._seed, number)
+            codes = self._exchange(sent)
+            with self._lock:
+                self.sent += 1
+                self.codes.update(codes or [0])
+                self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+                if not ALLOWED.issuperset(codes):
+                    self.faults.append(f"mutation {number}: {codes}: {sent!r}")
+
+    def _exchange(self, sent: bytes) -> list[int]:
+        """Send bytes and no more; return the statuses that came until the other side closed."""
+        received = b""
+        try:
+            with socket.create_connection(self._address, PATIENCE_SECONDS) as conn:
+                conn.sendall(sent)
+                conn.shutdown(socket.SHUT_WR)
+                while piece := conn.recv(65536):
+                    received += piece
+        except TimeoutError:
+            return [-1]  # which is not allowed
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        return [int(code) for code in re.findall(rb"HTTP/1\.[01] (\d{3}) ", received)]
 
 
-def usage(pid: int) -> tuple[int, int, int]:
-    """Return the resident bytes, the threads and the descriptors of a process."""
-    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    resident, threads = (
-        int(re.search(rf"{name}:\s+(\d+)", text)[1]) for name in ("VmRSS", "Threads")
-    )
-    return resident * 1024, threads, len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def settled(service: RealProcess) -> tuple[int, int, int]:
-    """Return the usage once every job has ended."""
-
-    def ended() -> bool:
-        pages = [service.get(f"/jobs?limit=1&state={state}").json() for state in UNFINISHED]
-        return not any(page["jobs"] for page in pages)
-
-    poll(ended, "the jobs have ended", 60)
-    return usage(service.pid)
-
-
-def growth(before: tuple[int, int, int], after: tuple[int, int, int]) -> list[str]:
-    """Return a line for each that has grown."""
-    # The service posts to itself by up to 32 connections, both of whose ends are its own.
-    slack = (MAX_GROWTH_BYTES, 4, 64)
-    names = ("resident bytes", "threads", "descriptors")
-    return [
-        f"{name} grew from {old} to {new}"
-        for name, old, new, room in zip(names, before, after, slack, strict=True)
-        if new > old + room
-    ]
+def _idle_usage(service: RealProcess) -> tuple[int, ...]:
+    """Return the usage of the service and its worker once every job has ended."""
+    unfinished = [f"/jobs?limit=1&state={state}" for state in ("accepted", "running", "delivering")]
+    poll(lambda: not any(service.get(one).json()["jobs"] for one in unfinished), "the end", 60)
+    both = [usage(pid) for pid in (service.pid, *service.workers())]
+    return tuple(map(sum, zip(*both, strict=True)))
 
 
 def run(count: int, seed: str) -> list[str]:
@@ -276,22 +197,21 @@ def run(count: int, seed: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         service = RealProcess({**SETTINGS, "JOURNAL": f"{folder}/journal.db"})
         host, _, port = service.base_url.removeprefix("http://").partition(":")
-        fuzz = Fuzz((host, int(port)), seed)
+        fuzz, numbers = Fuzz((host, int(port)), seed), iter(range(count))
         try:
-            numbers = iter(range(count))
             fuzz.send(itertools.islice(numbers, count // 10))
-            before = settled(service)
+            before = _idle_usage(service)
             fuzz.send(numbers)
-            after = settled(service)
-            faults = fuzz.faults + growth(before, after)
-            if "Traceback" in service.log():
-                faults.append(service.log())
-            print(fuzz.line())
-            print(f"resident bytes, threads, descriptors: {before}, in the end {after}", flush=True)
-            faults += [f"exit code {code}" for code in [service.end()] if code]
+            after = _idle_usage(service)
+            code = service.end()
         finally:
             service.process_.kill()
-    return faults
+    print(fuzz.line())
+    print(f"{', '.join(ROOM)}: {before}, at the end {after}", flush=True)
+    figures = zip(ROOM, before, after, ROOM.values(), strict=True)
+    faults = [f"{name} grew from {old} to {new}" for name, old, new, n in figures if new > old + n]
+    faults += [service.log()] * ("Traceback" in service.log()) + [f"exit code {code}"] * bool(code)
+    return fuzz.faults + faults
 
 
 def main(arguments: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""Kills the real service at random moments under load, and holds it to its promises.
+"""Kills the real service and its workers at random under load, and holds it to its promises.
 
 `./run soak [seconds] [seed]` sends jobs without a pause to a service that is ended by SIGKILL again
-and again, also while it starts, and started anew on the same journal. A ledger is kept on this
-side: who was promised what, and what came. The first broken promise ends the run with exit code 1.
-In the end the service is left alone until everything promised has come.
+and again, also while it starts, and started anew on the same journal, with one executor or the
+other. In between its workers are killed. A ledger is kept on this side: who was promised what, and
+what came. The first broken promise ends the run with exit code 1. At the end the service is left
+alone until everything promised has come.
 """
 
 import asyncio
@@ -23,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from jobs import model
+from tests.harness import ROOT, environment
 
 #: Connections that send jobs, each the next as soon as the last is answered.
 CALLERS = 12
@@ -31,7 +33,7 @@ CALLERS = 12
 #: Callers wait while so many jobs are on their way, or the end of a run would take long.
 MAX_WAITING = 1500
 
-#: Seconds from the ready line until what an earlier process promised comes.
+#: Seconds from the ready line until something comes that an earlier process promised.
 RESUME_SECONDS = 2.0
 
 #: Of a hundred kills, those that come while the service starts.
@@ -41,8 +43,8 @@ WHILE_STARTING = 15
 PATIENCE_SECONDS = 60.0
 
 SETTINGS = {
-    "PORT": "0",
-    "ANALYSIS": "tests.analyses:echo",
+    "ANALYSIS": "tests.faults.misbehaving:work",
+    "WORKERS": "2",
     "POSTBACK_SCHEDULE": " ".join(["200ms"] * 20),
     "RETENTION": "20s",  # pruning goes on beside all this
     "LOG_LEVEL": "error",
@@ -50,6 +52,8 @@ SETTINGS = {
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 _ID = re.compile(rb"\r\nwebhook-id: *([0-9a-f]+)", re.IGNORECASE)
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass
@@ -62,7 +66,9 @@ class Ledger:
         waiting: The promised ids that were not delivered yet.
         bodies: What came for each id, hashed.
         delivered: The ids whose postback was answered 200.
-        resumed_seconds: From each ready line to the first postback that an earlier process owed.
+        owners: The id for each number.
+        owed: What an earlier process promised, until the first of it comes.
+        ready_at: When the process was ready (monotonic).
         violation: The first broken promise.
     """
 
@@ -71,122 +77,79 @@ class Ledger:
     waiting: set[str] = field(default_factory=set)
     bodies: dict[str, int] = field(default_factory=dict)
     delivered: set[str] = field(default_factory=set)
+    owners: dict[float, str] = field(default_factory=dict)
+    owed: set[str] = field(default_factory=set)
+    ready_at: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
-    resumed_seconds: list[float] = field(default_factory=list)
     violation: str = ""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _ids: dict[float, str] = field(default_factory=dict)
-    _owed: set[str] = field(default_factory=set)
-    _ready_at: float = 0.0
 
     def promise(self, job_id: str, number: float) -> None:
         """Note an answer 200."""
-        self._demand(job_id not in self.promised, f"{job_id} was given to two jobs")
+        self.demand(job_id not in self.promised, f"{job_id} was given to two jobs")
         self._own(job_id, number)
         self.promised[job_id] = number
         if job_id not in self.delivered:
             self.waiting.add(job_id)
 
     def receive(self, job_id: str, body: bytes, *, answer: int) -> None:
-        """Note a postback."""
-        event = json.loads(body)["data"]
-        self._demand(event["id"] == job_id, f"{job_id} came with the event of {event['id']}")
-        self._demand(self.bodies.setdefault(job_id, hash(body)) == hash(body), f"{job_id} changed")
-        self.counts[event["outcome"]] += job_id not in self.delivered and answer == 200
-        self.counts["repeats"] += job_id in self.delivered
-        self._receive_result(job_id, event)
+        """Note a postback, and how it is answered."""
+        event, is_new = json.loads(body)["data"], job_id not in self.bodies
+        self.demand(event["id"] == job_id, f"{job_id} came with the event of {event['id']}")
+        self.demand(self.bodies.setdefault(job_id, hash(body)) == hash(body), f"{job_id} changed")
+        if event["outcome"] != "crashed":
+            self.demand(event["outcome"] == "succeeded", f"{job_id} ended as {event['outcome']}")
+            self.demand(event["result"] in self.sent, f"{job_id} was never sent")
+            self._own(job_id, event["result"])
+        elif is_new:
+            self._explain_crash(job_id, event["error"]["message"])
         if answer == 200:
+            self.counts["repeats"] += job_id in self.delivered
             self.delivered.add(job_id)
             self.waiting.discard(job_id)
-        if job_id in self._owed:
-            self._owed.clear()
-            self.resumed_seconds.append(time.monotonic() - self._ready_at)
+        if job_id in self.owed:
+            self.owed.clear()
+            took = round(1000 * (time.monotonic() - self.ready_at))
+            self.keep_largest(resumed_ms=took)
+            self.demand(took < 1000 * RESUME_SECONDS, f"postbacks resumed after {took} ms")
 
-    def ready(self, owed: set[str]) -> None:
-        """Note that a process is ready which owes what an earlier one promised."""
-        self._owed, self._ready_at = owed, time.monotonic()
+    def demand(self, holds: bool, violation: str) -> None:  # noqa: FBT001 - reads like assert
+        """Note a broken promise, unless the first argument holds."""
+        if not holds:
+            self.violation = self.violation or violation
 
-    def killed(self) -> None:
-        """Note that the process has ended."""
-        late = bool(self._owed) and time.monotonic() - self._ready_at > RESUME_SECONDS
-        slow = max(self.resumed_seconds, default=0.0) > RESUME_SECONDS
-        self._demand(not (late or slow), f"postbacks did not resume within {RESUME_SECONDS} s")
-        self._owed = set()
-
-    def fail(self, violation: str) -> None:
-        """Note a broken promise."""
-        self.violation = self.violation or violation
-        self.changed.set()
+    def keep_largest(self, **figures: int) -> None:
+        for name, value in figures.items():
+            self.counts[name] = max(self.counts[name], value)
 
     def line(self) -> str:
         """Return all counts in one line."""
         counts = {
-            "kills": self.counts["kills"],
-            "while_starting": self.counts["while_starting"],
             "accepted": len(self.promised),
             "delivered": len(self.delivered),
-            "undelivered": self.counts["undelivered"],
             "lost": len(self.waiting) - self.counts["undelivered"],
-            "repeats": self.counts["repeats"],
-            "crashed": self.counts["crashed"],
             "unanswered": len(self.sent) - len(self.promised),
-            "slowest_resume_seconds": round(max(self.resumed_seconds, default=0.0), 3),
-            **{name: self.counts[name] for name in ("rss_mib", "fds", "threads", "wal_mib")},
+            **self.counts,
         }
         return " ".join(f"{name}={value}" for name, value in counts.items())
 
-    def _receive_result(self, job_id: str, event: Any) -> None:
-        if event["outcome"] == "crashed":  # it ran at three kills, and has no result
-            return
-        self._demand(event["outcome"] == "succeeded", f"{job_id} ended as {event['outcome']}")
-        self._demand(event["result"] in self.sent, f"{job_id} was never sent")
-        self._own(job_id, event["result"])
+    def _explain_crash(self, job_id: str, message: str) -> None:
+        # With a killed worker at most one job crashes: the one that was alone in it.
+        self.counts["crashed"] += 1
+        possible = self.counts["worker_kills"]
+        if "signal 9" not in message:  # it ran at so many kills of the service
+            possible += self.counts["kills"] // model.MAX_INTERRUPTED * CALLERS
+        is_explained = self.counts["crashed"] <= possible
+        self.demand(is_explained, f"{job_id} crashed, which no kill explains")
 
     def _own(self, job_id: str, number: float) -> None:
-        owner = self._ids.setdefault(number, job_id)
-        self._demand(owner == job_id, f"{job_id} and {owner} are for the same payload")
+        owner = self.owners.setdefault(number, job_id)
+        self.demand(owner == job_id, f"{job_id} and {owner} are for the same payload")
         known = self.promised.get(job_id, number)
-        self._demand(known == number, f"{job_id} came with another payload")
-
-    def _demand(self, holds: bool, violation: str) -> None:  # noqa: FBT001 - reads like assert
-        if not holds:
-            self.fail(violation)
-
-
-class Receiver(asyncio.Protocol):
-    """One connection of a receiver that notes first and answers then, not always well."""
-
-    def __init__(self, ledger: Ledger, chance: random.Random, failing: int, cut: int) -> None:
-        self._failing, self._cut = failing, cut
-        self._ledger = ledger
-        self._chance = chance
-        self._buffer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, _, rest = self._buffer.partition(b"\r\n\r\n")
-        length = _LENGTH.search(head)
-        if length and len(rest) >= int(length[1]):
-            self._buffer = b""
-            self._answer(_ID.search(head), rest)
-
-    def _answer(self, job_id: re.Match[bytes] | None, body: bytes) -> None:
-        luck = self._chance.randrange(100)
-        status = 500 if luck < self._failing else 200 if luck >= self._failing + self._cut else 0
-        assert job_id
-        self._ledger.receive(job_id[1].decode(), body, answer=status)
-        if status:
-            self._transport.write(b"HTTP/1.1 %d Noted\r\nContent-Length: 0\r\n\r\n" % status)
-        else:
-            self._transport.abort()
+        self.demand(known == number, f"{job_id} came with another payload")
 
 
 class Soak:
-    """The service, who calls it, who kills it."""
+    """The service, who calls it, who kills it, and a receiver that does not always answer well."""
 
     #: Of a hundred postbacks, those answered 500, and those whose connection is cut.
     failing, cut = 1, 1
@@ -196,8 +159,7 @@ class Soak:
         self.ledger = Ledger()
         self._chance = random.Random(seed)  # of the kills alone, so that the seed repeats them
         self._luck = random.Random(seed + 1)  # of the receiver
-        self._journal = directory / "journal.db"
-        self._log = directory / "log"
+        self._journal, self._log = directory / "journal.db", directory / "log"
         self._numbers = itertools.count(1)
         self._port = 0
         self._up = asyncio.Event()
@@ -208,94 +170,67 @@ class Soak:
         callers = [asyncio.create_task(self._call()) for _ in range(CALLERS)]
         deadline = time.monotonic() + seconds
         try:
-            while not self.ledger.violation and (
-                time.monotonic() < deadline or self.ledger.counts["kills"] < kills
-            ):
+            while time.monotonic() < deadline or self.ledger.counts["kills"] < kills:
                 await self._live()
-            await self._stop_calling(callers)
-            if not self.ledger.violation:
-                await self._leave()
+                if self.ledger.violation:
+                    return
+            for caller in callers:
+                caller.cancel()
+            await self._leave_alone()
         finally:
             await self._end(signal.SIGKILL)
             server.close()
 
-    async def _listen(self) -> asyncio.Server:
-        """Listen for postbacks, and know how to start the service that sends them."""
-        server = await asyncio.get_running_loop().create_server(
-            lambda: Receiver(self.ledger, self._luck, self.failing, self.cut),
-            "127.0.0.1",
-            0,
-            backlog=1024,
-        )
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        self._env = {
-            **os.environ,
-            **self.settings,
-            "JOURNAL": str(self._journal),
-            "POSTBACK_URL": url,
-        }
-        return server
-
     async def _live(self) -> None:
-        """Start the service and kill it, at some moment."""
-        await self._start()
+        """Start the service, kill some of its workers, and then itself, at some moments."""
+        await self._start(EXECUTOR=self._chance.choice(("thread", "process")))
         if self._chance.randrange(100) < WHILE_STARTING:
-            await self._pause(self._chance.uniform(0.0, 0.6))
-            self.ledger.counts["while_starting"] += 1
+            await asyncio.sleep(self._chance.uniform(0.0, 0.8))
+            self.ledger.counts["kills_while_starting"] += 1
         else:
             await self._ready()
-            await self._pause(self._chance.uniform(0.05, 1.6))
+            for _ in range(self._chance.randrange(3)):
+                await asyncio.sleep(self._chance.uniform(0.05, 0.8))
+                self._kill_a_worker()
+            await asyncio.sleep(self._chance.uniform(0.05, 1.2))
             self._measure()
-        self._must_run()
-        await self._end(signal.SIGKILL)
-        self.ledger.killed()
+        code, log = self._process.returncode, self._log.read_text()[-2000:]
+        self.ledger.demand(code is None, f"the service ended with {code}: {log}")
         self.ledger.counts["kills"] += 1
+        await self._end(signal.SIGKILL)
 
-    async def _stop_calling(self, callers: list[asyncio.Task[None]]) -> None:
-        for caller in callers:
-            caller.cancel()
-        await asyncio.gather(*callers, return_exceptions=True)
-
-    async def _leave(self) -> None:
+    async def _leave_alone(self) -> None:
         """Start the service a last time, and let it deliver all."""
         await self._start()
         await self._ready()
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self.ledger.violation and time.monotonic() < deadline:
-            if not await self._unfinished():
-                break
-            await self._pause(0.1)
+        while await self._has_unfinished() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
         for job_id in sorted(self.ledger.waiting):
-            await self._look_for(job_id)
-        self.ledger.killed()
+            status, job = await self._ask(f"/jobs/{job_id}")
+            is_kept = job.get("state") == "undelivered"
+            self.ledger.counts["undelivered"] += is_kept
+            self.ledger.demand(is_kept, f"{job_id} is lost: {status} {job.get('state')}")
         code = await self._end(signal.SIGTERM)
-        if code:
-            self.ledger.fail(f"the last process exited with {code}")
+        self.ledger.demand(code == 0, f"the last process exited with {code}")
 
-    async def _unfinished(self) -> bool:
+    async def _has_unfinished(self) -> bool:
         """Whether a job has not ended yet, also one whose answer never came."""
-        connection = await self._connect()
-        with contextlib.closing(connection[1]):
-            for state in ("accepted", "running", "delivering"):
-                path = f"/jobs?limit=1&state={state}"
-                if (await self._request(*connection, "GET", path, b""))[1]["jobs"]:
-                    return True
-        return False
-
-    async def _look_for(self, job_id: str) -> None:
-        """A promised job that was not delivered must be shown as undelivered."""
-        status, job = await self._request(*await self._connect(), "GET", f"/jobs/{job_id}", b"")
-        if status == 200 and job["state"] == "undelivered":
-            self.ledger.counts["undelivered"] += 1
-        else:
-            self.ledger.fail(f"{job_id} is lost: {status} {job.get('state')}")
+        states = ("accepted", "running", "delivering")
+        pages = [await self._ask(f"/jobs?limit=1&state={state}") for state in states]
+        return any(page["jobs"] for _, page in pages) and not self.ledger.violation
 
     # The process
 
-    async def _start(self) -> None:
+    async def _start(self, **settings: str) -> None:
+        more = {"JOURNAL": str(self._journal), "POSTBACK_URL": self._url, **settings}
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "app.py", cwd=ROOT, env=self._env, stdout=-1, stderr=log
+                *(sys.executable, "app.py"),
+                cwd=ROOT,
+                env=environment({**self.settings, **more}),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
             )
 
     async def _ready(self) -> None:
@@ -303,11 +238,21 @@ class Soak:
         assert self._process.stdout
         line = await asyncio.wait_for(self._process.stdout.readline(), PATIENCE_SECONDS)
         if b"listens on" not in line:
-            self.ledger.fail(f"the service did not start: {self._log.read_text()[-2000:]}")
-            return
+            raise AssertionError(f"the service did not start: {self._log.read_text()[-2000:]}")
         self._port = int(line.rsplit(b":", 1)[1])
-        self.ledger.ready(owed)
+        self.ledger.owed, self.ledger.ready_at = owed, time.monotonic()
         self._up.set()
+
+    def _kill_a_worker(self) -> None:
+        workers = []
+        for path in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                workers += sorted(map(int, path.read_text().split()))
+        if workers:
+            self.ledger.counts["worker_kills"] += 1
+            self.ledger.owed = set()  # how soon it comes depends on the next worker now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._chance.choice(workers), signal.SIGKILL)
 
     async def _end(self, number: signal.Signals) -> int:
         self._up.clear()
@@ -315,87 +260,111 @@ class Soak:
             self._process.send_signal(number)
         return await asyncio.wait_for(self._process.wait(), PATIENCE_SECONDS)
 
-    def _must_run(self) -> None:
-        """Nothing but a kill ends the service."""
-        if self._process.returncode is not None:
-            log = self._log.read_text()[-2000:]
-            self.ledger.fail(f"the service ended with {self._process.returncode}: {log}")
-
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ledger.changed.wait(), seconds)
-
     def _measure(self) -> None:
         """Keep the largest figures that any process came to."""
-        directory = Path(f"/proc/{self._process.pid}")
-        with contextlib.suppress(OSError, KeyError):  # it has ended
-            status = dict(
-                line.split(":", 1) for line in (directory / "status").read_text().splitlines()
-            )
-            self._keep("rss_mib", int(status["VmRSS"].split()[0]) // 1024)
-            self._keep("threads", int(status["Threads"]))
-            self._keep("fds", len(list((directory / "fd").iterdir())))
-            self._keep("wal_mib", Path(f"{self._journal}-wal").stat().st_size // 1024**2)
-
-    def _keep(self, name: str, value: int) -> None:
-        self.ledger.counts[name] = max(self.ledger.counts[name], value)
+        with contextlib.suppress(OSError):  # it has ended
+            rss_mib, threads, fds = usage(self._process.pid)
+            wal_mib = Path(f"{self._journal}-wal").stat().st_size // 1024**2
+            self.ledger.keep_largest(rss_mib=rss_mib, threads=threads, fds=fds, wal_mib=wal_mib)
 
     # Callers
 
     async def _call(self) -> None:
+        """Send one job after the other, on a new connection whenever one breaks."""
         while True:
             await self._up.wait()
             with contextlib.suppress(OSError, EOFError):
-                await self._call_on(*await self._connect())
+                connection = await self._connect()
+                with contextlib.closing(connection[1]):
+                    while len(self.ledger.waiting) < MAX_WAITING:
+                        number = next(self._numbers)
+                        await self._send(connection, number, b'{"data": %d}' % number)
             await asyncio.sleep(0.005)
 
-    async def _call_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send one job after the other, until the connection breaks."""
-        with contextlib.closing(writer):
-            while True:
-                while len(self.ledger.waiting) > MAX_WAITING:
-                    await asyncio.sleep(0.01)
-                number = next(self._numbers)
-                self.ledger.sent.add(number)
-                body = b'{"data": %d}' % number
-                status, answer = await self._request(reader, writer, "POST", "/process", body)
-                if status == 200:
-                    self.ledger.promise(answer["id"], number)
-                elif status != 503:
-                    self.ledger.fail(f"a valid payload was answered {status}")
+    async def _send(self, connection: Connection, number: float, body: bytes) -> int:
+        """Send a job, and return the status of the answer."""
+        self.ledger.sent.add(number)
+        status, answer = await self._request(connection, "POST", "/process", body)
+        if status == 200:
+            self.ledger.promise(answer["id"], number)
+        self.ledger.demand(status in (200, 503), f"a valid payload was answered {status}")
+        return status
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _ask(self, path: str) -> tuple[int, Any]:
+        connection = await self._connect()
+        with contextlib.closing(connection[1]):
+            return await self._request(connection, "GET", path, b"")
+
+    async def _connect(self) -> Connection:
         return await asyncio.open_connection("127.0.0.1", self._port)
 
     async def _request(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        method: str,
-        path: str,
-        body: bytes,
+        self, connection: Connection, method: str, path: str, body: bytes
     ) -> tuple[int, Any]:
+        reader, writer = connection
         head = (
-            f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)
-        answered = await reader.readuntil(b"\r\n\r\n")
-        length = _LENGTH.search(answered)
-        assert length
-        return int(answered.split()[1]), json.loads(await reader.readexactly(int(length[1])))
+        answered, found = await _read(reader)
+        return int(answered.split()[1]), json.loads(found)
+
+    # The receiver
+
+    async def _listen(self) -> asyncio.Server:
+        """Listen for postbacks."""
+        server = await asyncio.start_server(self._receive, "127.0.0.1", 0, backlog=1024)
+        self._url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        return server
+
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Note each postback, and answer then."""
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                head, body = await _read(reader)
+                luck = self._luck.randrange(100)
+                status = (
+                    500 if luck < self.failing else 0 if luck < self.failing + self.cut else 200
+                )
+                (job_id,) = _ID.findall(head)
+                self.ledger.receive(job_id.decode(), body, answer=status)
+                if not status:
+                    break
+                writer.write(b"HTTP/1.1 %d Noted\r\nContent-Length: 0\r\n\r\n" % status)
+        writer.transport.abort()
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Return the head and the body of a request or an answer."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = _LENGTH.search(head)
+    return head, await reader.readexactly(int(length[1]) if length else 0)
+
+
+def usage(pid: int) -> tuple[int, int, int]:
+    """Return the resident MiB, the threads and the descriptors of a process.
+
+    Raises:
+        OSError: It has ended.
+    """
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    found = re.search(r"VmRSS:\s+(\d+).*Threads:\s+(\d+)", text, re.DOTALL)
+    if not found:
+        raise ProcessLookupError(pid)
+    return int(found[1]) // 1024, int(found[2]), len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def soak(seconds: float, seed: int, *, kills: int = 0) -> Ledger:
     """Run for so long, and for at least so many kills; return the ledger."""
+
+    async def run(directory: str) -> Ledger:
+        one = Soak(Path(directory), seed)
+        await one.run(seconds, kills)
+        return one.ledger
+
     with tempfile.TemporaryDirectory(prefix="postback-soak-") as directory:
-
-        async def run() -> Ledger:
-            one = Soak(Path(directory), seed)
-            await one.run(seconds, kills)
-            return one.ledger
-
-        return asyncio.run(run())
+        return asyncio.run(run(directory))
 
 
 def main(arguments: list[str]) -> int:
@@ -407,8 +376,7 @@ def main(arguments: list[str]) -> int:
     print(ledger.line())
     if ledger.violation:
         print(f"BROKEN: {ledger.violation}")
-        return 1
-    return 0
+    return bool(ledger.violation)
 
 
 if __name__ == "__main__":

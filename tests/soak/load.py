@@ -16,6 +16,9 @@ from pathlib import Path
 
 from tests.soak.kills import SETTINGS, Soak
 
+#: Seconds for all jobs to end after the last was accepted.
+PATIENCE_SECONDS = 240.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -30,23 +33,20 @@ class Case:
 
     requests: int
     seconds: float
-    callers: int
+    callers: int = 100
     failing: int = 0
     cut: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+CROWDED = {"MAX_RUNNING": "16", "MAX_PENDING": "200"}
+
 CASES = {
-    "H01": Case(requests=1000, seconds=5, callers=100, settings={"MAX_RUNNING": "1000"}),
-    "H02": Case(requests=10_000, seconds=1, callers=100, settings={"MAX_RUNNING": "500"}),
-    "H03": Case(
-        requests=20_000,
-        seconds=0.1,
-        callers=100,
-        settings={"MAX_RUNNING": "16", "MAX_PENDING": "200"},
-    ),
+    "H01": Case(requests=1000, seconds=5, settings={"MAX_RUNNING": "1000"}),
+    "H02": Case(requests=10_000, seconds=1, settings={"MAX_RUNNING": "500"}),
+    "H03": Case(requests=20_000, seconds=0.1, settings=CROWDED),
     "H05": Case(requests=5000, seconds=0, callers=32, failing=10, cut=15),
-    "E05": Case(requests=10_000, seconds=1, callers=100, settings={"MAX_RUNNING": "100"}),
+    "E05": Case(requests=10_000, seconds=1, settings={"MAX_RUNNING": "100"}),
 }
 
 
@@ -57,14 +57,9 @@ class Load(Soak):
         super().__init__(directory, seed=1)
         self._case = case
         self.failing, self.cut = case.failing, case.cut
-        self.settings = {
-            **SETTINGS,
-            "ANALYSIS": "tests.analyses:sleep",
-            "MAX_PENDING": "20000",
-            "RETENTION": "1h",
-            **case.settings,
-        }
-        self._answered_seconds: list[float] = []
+        more = {"ANALYSIS": "tests.analyses:sleep", "MAX_PENDING": "20000", "RETENTION": "1h"}
+        self.settings = {**SETTINGS, **more, **case.settings}
+        self._answer_seconds: list[float] = []
 
     async def load(self) -> str:
         """Send all, wait for all, and return one line."""
@@ -73,51 +68,38 @@ class Load(Soak):
         try:
             await self._start()
             await self._ready()
-            shares = [self._share(caller) for caller in range(self._case.callers)]
-            await asyncio.gather(*shares)
-            self._measure()
+            await asyncio.gather(*map(self._send_share, range(self._case.callers)))
             accepted_seconds = time.monotonic() - began
             await self._leave_alone()
         finally:
             await self._end(signal.SIGKILL)
             server.close()
-        answers = sorted(self._answered_seconds)
-        p99 = answers[len(answers) * 99 // 100]
+        answers = sorted(self._answer_seconds)
+        p99, slowest = answers[len(answers) * 99 // 100], answers[-1]
         return (
-            f"accepted={len(self.ledger.promised)} refused={self.ledger.counts['refused']} "
-            f"p99_ms={1000 * p99:.0f} max_ms={1000 * answers[-1]:.0f} "
-            f"accepted_seconds={accepted_seconds:.0f} seconds={time.monotonic() - began:.0f} "
-            f"delivered={len(self.ledger.delivered)} repeats={self.ledger.counts['repeats']} "
-            f"rss_mib={self.ledger.counts['rss_mib']} threads={self.ledger.counts['threads']}"
+            f"{self.ledger.line()} p99_ms={1000 * p99:.0f} max_ms={1000 * slowest:.0f} "
+            f"accepted_seconds={accepted_seconds:.0f} seconds={time.monotonic() - began:.0f}"
         )
 
-    async def _share(self, caller: int) -> None:
+    async def _send_share(self, caller: int) -> None:
         """Send every so-manieth request on one connection."""
-        reader, writer = await self._connect()
-        with contextlib.closing(writer):
+        connection = await self._connect()
+        with contextlib.closing(connection[1]):
             for number in range(self._case.requests)[caller :: self._case.callers]:
                 data = round(self._case.seconds + number * 1e-9, 9)  # each its own
-                self.ledger.sent.add(data)
                 began = time.monotonic()
-                body = b'{"data": %.9f}' % data
-                status, answer = await self._request(reader, writer, "POST", "/process", body)
-                if status == 200:
-                    self._answered_seconds.append(time.monotonic() - began)
-                    self.ledger.promise(answer["id"], data)
-                else:
-                    self.ledger.counts["refused"] += 1
-                    if status != 503:
-                        self.ledger.fail(f"a valid payload was answered {status}")
+                if await self._send(connection, data, b'{"data": %.9f}' % data) == 200:
+                    self._answer_seconds.append(time.monotonic() - began)
 
     async def _leave_alone(self) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while self.ledger.waiting and not self.ledger.violation and time.monotonic() < deadline:
-            await self._pause(0.5)
             self._measure()
-        if self.ledger.waiting:
-            self.ledger.fail(f"{len(self.ledger.waiting)} jobs were not delivered in time")
-        if self.ledger.counts["repeats"] and not (self.failing or self.cut):
-            self.ledger.fail("a job was delivered twice without a fault")
+            await asyncio.sleep(0.2)
+        left = len(self.ledger.waiting)
+        self.ledger.demand(not left, f"{left} jobs were not delivered in time")
+        repeats = 0 if self.failing or self.cut else self.ledger.counts["repeats"]
+        self.ledger.demand(not repeats, f"{repeats} jobs were delivered twice without a fault")
 
 
 async def _run(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import ROOT, poll
+from tests.harness import ROOT, free_port, poll
 
 CLIENTS = ROOT / "docs" / "clients"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -43,27 +43,29 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def listening(request, folder, free_port) -> Iterator[Any]:
-    """One of the receivers, listening at `free_port`."""
+@pytest.fixture(params=RECEIVERS)
+def receiving(request, folder) -> Iterator[Any]:
+    """Return a function that starts one of the receivers, and returns it with its URL."""
     command, name = request.param
     if name.endswith(".mjs") and not (folder / "node_modules").exists():
         pytest.skip("npm could not install standardwebhooks: it needs the registry of npm")
-    env = os.environ | {"PORT": str(free_port), "POSTBACK_SECRET": SECRET}
-    child = subprocess.Popen(
-        [command, name], cwd=folder, env=env, stdout=subprocess.PIPE, text=True
-    )
-    poll(lambda: is_open(free_port), f"{name} to listen")
-    yield child
-    child.kill()
-    child.wait()
-    child.stdout.close()
+    started = []
 
+    def receiving(port: int, secret: str) -> tuple[str, Any]:
+        env = os.environ | {"PORT": str(port), "POSTBACK_SECRET": secret}
+        child = subprocess.Popen(
+            [command, name], cwd=folder, env=env, stdout=subprocess.PIPE, text=True
+        )
+        started.append(child)
+        poll(lambda: is_open(port), f"{name} to listen")
+        return f"http://127.0.0.1:{port}/results", child
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    yield receiving
+
+    for child in started:
+        child.kill()
+        child.wait()
+        child.stdout.close()
 
 
 def is_open(port: int) -> bool:
@@ -74,54 +76,64 @@ def is_open(port: int) -> bool:
 @pytest.mark.parametrize("command", SUBMITTERS)
 def test_a_payload_is_sent(service, folder, command):
     env = os.environ | {"POSTBACK": service.base_url}
+    command = [*command, '{"data": [3, 1, 4]}']
 
-    sent = subprocess.run(
-        [*command, '{"data": [3, 1, 4]}'],
-        cwd=folder,
-        env=env,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    sent = subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True)
 
-    (job,) = service.get("/jobs").json()["jobs"]
-    assert job["id"] in sent.stdout
+    (job_id,) = service.ids("?limit=1")
+    assert job_id in sent.stdout
 
 
 @pytest.mark.parametrize("command", SUBMITTERS)
 def test_a_refusal_is_a_failure(service, folder, command):
+    before = service.ids()
     env = os.environ | {"POSTBACK": service.base_url}
 
     sent = subprocess.run([*command, "{}"], cwd=folder, env=env, check=False, capture_output=True)
 
     assert sent.returncode != 0
-    assert service.get("/jobs").json() == {"jobs": []}
+    assert service.ids() == before
 
 
-@pytest.mark.parametrize("listening", RECEIVERS, indirect=True)
-def test_our_postback_is_verified_and_taken_once(start, listening, free_port):
-    url = f"http://127.0.0.1:{free_port}/results"
-    service = start(POSTBACK_URL=url, POSTBACK_SECRET=SECRET, POSTBACK_SCHEDULE="none")
-    first = service.process({"data": "naïve ☃"})
+def test_our_postback_is_verified_and_taken_once(start_process, receiving):
+    url, child = receiving(free_port(), SECRET)
+    service = start_process(POSTBACK_URL=url, POSTBACK_SECRET=SECRET, POSTBACK_SCHEDULE="none")
+    first = service.send("naïve ☃")
     service.wait_for(first)
     service.post(f"/jobs/{first}/resend")
-    again = poll(lambda: (j := service.job(first))["attempts_made"] == 2 and j, "the resend")
-    second = service.process({"data": 2})
+    again = service.wait_for(first)
+    second = service.send(2)
     service.wait_for(second)
 
-    printed = [listening.stdout.readline().split() for _ in range(2)]
+    printed = [child.stdout.readline().split() for _ in range(2)]
 
     assert again["state"] == "delivered"
     assert printed == [["job.succeeded", first], ["job.succeeded", second]]
 
 
-@pytest.mark.parametrize("listening", RECEIVERS, indirect=True)
-def test_a_postback_with_another_secret_is_refused(start, listening, free_port):
-    url = f"http://127.0.0.1:{free_port}/results"
-    other = "whsec_" + "QUJD" * 8
-    service = start(POSTBACK_URL=url, POSTBACK_SECRET=other, POSTBACK_SCHEDULE="none")
+def test_a_receiver_that_callers_choose_verifies_with_the_secret_that_run_prints(
+    start_process, receiving
+):
+    port = free_port()
+    origin = f"http://127.0.0.1:{port}"
+    env = os.environ | {"POSTBACK_SECRET": SECRET}
+    command = [sys.executable, "-m", "web.signatures", origin]
+    printed = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    url, child = receiving(port, printed.stdout.strip())
+    service = start_process(POSTBACK_SECRET=SECRET, POSTBACK_ALLOW=origin)
 
-    job = service.wait_for(service.process({"data": 1}))
+    job_id = service.process({"data": 1, "postback_url": url})
+
+    assert service.wait_for(job_id)["state"] == "delivered"
+    assert child.stdout.readline().split() == ["job.succeeded", job_id]
+
+
+def test_a_postback_with_another_secret_is_refused(start_process, receiving):
+    url, _ = receiving(free_port(), SECRET)
+    other = "whsec_" + "QUJD" * 8
+    service = start_process(POSTBACK_URL=url, POSTBACK_SECRET=other, POSTBACK_SCHEDULE="none")
+
+    job = service.wait_for(service.send(1))
 
     assert job["attempts"][0]["status_code"] == 401
 
@@ -143,9 +155,9 @@ def test_a_timestamp_is_not_run_by_the_shell(tmp_path, shell):
 
 @needs["openssl"]
 @pytest.mark.parametrize(("change", "verdict"), [(b"", 0), (b" ", 1)])
-def test_a_shell_can_verify(start, receiver, change, verdict):
-    service = start(POSTBACK_URL=receiver.url, POSTBACK_SECRET=SECRET)
-    service.process({"data": "naïve ☃"})
+def test_a_shell_can_verify(start_process, receiver, change, verdict):
+    service = start_process(POSTBACK_URL=receiver.url, POSTBACK_SECRET=SECRET)
+    service.send("naïve ☃")
     (postback,) = receiver.wait_for(1)
     values = [postback.headers[f"webhook-{name}"] for name in ("id", "timestamp", "signature")]
 
