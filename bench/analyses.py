@@ -1,4 +1,4 @@
-"""What the benchmarks have analyzed."""
+"""What the benchmarks have analyzed. PYTHONPATH names this folder, for Postback and its peers."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ def echo(data: Any) -> Any:
 
 
 def nap(data: Any) -> Any:
-    """Wait for 100 ms, as for a service or a database."""
+    """Wait for 100 ms, as for another service or a database."""
     time.sleep(0.1)
     return data
 
@@ -28,9 +28,14 @@ def burn(data: Any) -> Any:
     return data
 
 
-def spin(data: float) -> float:
-    """Keep a processor busy for as many seconds as the data says."""
-    until = time.monotonic() + data
+def spin(data: Any) -> Any:
+    """Keep a processor busy for `data["seconds"]`; return at once when there are none."""
+    until = time.monotonic() + data.get("seconds", 0)
     while time.monotonic() < until:
         pass
     return data
+
+
+def grow(data: Any) -> Any:
+    """Return 10 MB."""
+    return {**data, "text": "x" * 10_000_000}

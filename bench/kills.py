@@ -1,99 +1,82 @@
-"""kill -9 in the middle of a load: which answered jobs never come back.
+"""Parts `kill` and `resume`: kill -9 in the middle of a load, and what comes after a new start.
 
 Front and workers are killed at once, and started again; Redis goes on, as on a machine of its own.
 """
 
-import shutil
+import itertools
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
-from bench.load import Bench, Figures, Load
-from bench.rounds import warm_up
-from bench.systems import NAP, Running, System, running
-
-#: Seconds of load before the kill.
-BEFORE = 1.0
+from bench.load import Load, Row
+from bench.rounds import Options, collect, started, table
+from bench.systems import NAP, NAP_LONG, Running, System
 
 #: Seconds without a result after which no more are waited for.
 PATIENCE = 10.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """What a kill cost.
-
-    Attributes:
-        held: Jobs that Redis keeps for workers that are gone, and gives out again later.
-        resumed: Seconds from the start to the first result; None when none came.
-    """
-
-    answered: int
-    lost: int
-    repeats: int
-    resumed: float | None
-    held: int
+#: Jobs that run when the service is killed; MAX_RUNNING is above it.
+RUNNING = 24
 
 
-def table(systems: Sequence[System], *, patience: float = PATIENCE) -> Iterator[str]:
-    yield "### kill -9 after 1 s of 32 clients, then a new start; an analysis of 100 ms\n"
-    yield "| system | answered 200 | lost | held back | posted twice | first result after a start |"
-    yield "|" + " --- |" * 6
-    notes = []
-    for system in systems:
-        print(f"kill -9: {system.name}", file=sys.stderr, flush=True)
-        loss = measure(system, patience)
-        resumed = "none" if loss.resumed is None else f"{loss.resumed:.1f} s"
-        cells = [system.name, loss.answered, loss.lost, loss.held, loss.repeats, resumed]
-        yield f"| {' | '.join(map(str, cells))} |"
-        if loss.held:
-            notes.append(f"* {system.name}: {system.note}.")
-    yield ""
-    yield f"Lost: no result came within {patience:.0f} s; what is held back is still in Redis:\n"
-    yield from [*notes, ""]
+def kill(options: Options) -> Iterator[str]:
+    patience = 3.0 if options.quick else PATIENCE
+    every = [*options.services, *options.peers]
+    rows = collect(1, {one.name: partial(_killed, one, patience) for one in every})
+    title = "kill -9 after 1 s of 32 clients, then a new start; an analysis of 100 ms"
+    yield from table(title, rows, "answers refused lost held_back repeats first_result_seconds")
+    yield f"Lost: no result came within {patience:.0f} s. Held back: it is still in Redis."
+    yield "Dramatiq looks for such jobs after a minute, Celery gives them out after an hour.\n"
 
 
-def measure(system: System, patience: float) -> Loss:
-    bench = Bench()
-    try:
-        with running(system, NAP, bench.receiver_url) as one:
-            warm_up(bench, one)
-            _kill(bench, one)
-            bench.finish(0.1)  # what was posted before
-            restarted_at = time.perf_counter()
-            one.start()
-            bench.finish(patience)
-            return _loss(bench.figures(), bench.first_result_after(restarted_at), _held(one))
-    finally:
-        bench.close()
-
-
-def _kill(bench: Bench, one: Running) -> None:
-    """Send as in the closed loop, and kill all after a while."""
-    at = time.perf_counter() + BEFORE
-
-    def watch() -> None:
-        if time.perf_counter() >= at:
-            one.kill()
-            bench.stop()
-
-    bench.run(Load(seconds=BEFORE * 10), one.place.port, watch=watch)
-
-
-def _loss(figures: Figures, resumed: float | None, held: int) -> Loss:
-    return Loss(
-        answered=figures.answered - figures.refused,
-        lost=max(0, figures.missing - held),  # what is held may have been posted
-        repeats=figures.repeats,
-        resumed=resumed,
-        held=held,
-    )
+def _killed(system: System, patience: float) -> Row:
+    with started(system, NAP) as (bench, one):
+        bench.run(Load(seconds=1, patience=0), one.port)
+        one.kill()
+        bench.finish(0.1)  # what was posted before
+        begun = time.perf_counter()
+        one.start()
+        bench.finish(patience)
+        row, held = bench.figures(), _held(one)
+        after = [at - begun for at in bench.delivered_at if at > begun]
+    row["first_result_seconds"] = min(after, default=float("inf"))
+    row["lost"] = max(0, row["missing"] - held)  # what is held may have been posted
+    return row | {"held_back": held}
 
 
 def _held(one: Running) -> int:
-    if not (one.system.held_key and shutil.which("redis-cli")):
+    if not one.system.held_key:
         return 0
-    command = ["redis-cli", "-p", str(one.place.redis_port), "hlen", one.system.held_key]
+    command = ["redis-cli", "-p", str(one.redis_port), "hlen", one.system.held_key]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def resume(options: Options) -> Iterator[str]:
+    pairs = itertools.product(options.services, ("thread", "process"))
+    every = {
+        f"{one.name}, `{executor}`": partial(_resumed, one, executor) for one, executor in pairs
+    }
+    title = "kill -9 with 24 running jobs of 1 s, MAX_RUNNING=32; seconds from the new start"
+    figures = "answer_seconds first_job_seconds last_job_seconds came answer_p99"
+    yield from table(title, collect(options.rounds, every), figures)
+
+
+def _resumed(system: System, executor: str) -> Row:
+    settings = {"EXECUTOR": executor, "WORKERS": "32", "MAX_RUNNING": "32"}
+    with started(system, NAP_LONG, settings, warm=False) as (bench, one):
+        one.wait_for("/readyz")
+        time.sleep(2.0)  # until all workers are there
+        bench.run(Load(clients=RUNNING, count=RUNNING, expect_results=False), one.port)
+        time.sleep(0.5)  # all have begun, none has ended
+        one.kill()
+        begun = time.perf_counter()
+        one.start()
+        bench.run(Load(clients=1, count=1, expect_results=False), one.port)
+        answered = time.perf_counter() - begun
+        row = bench.run(Load(clients=64, rate=100, seconds=3, expect_results=False), one.port)
+        bench.finish(PATIENCE, strangers=RUNNING)
+        came = [at - begun for at in bench.strangers_at] or [float("inf")]
+    count = min(len(came), RUNNING)  # the one answered first may have come, too
+    times = {"first_job_seconds": came[0], "last_job_seconds": came[count - 1], "came": count}
+    return row | times | {"answer_seconds": answered}

@@ -1,67 +1,62 @@
-"""What the processes of a session cost, with all below them, as /proc tells."""
+"""What a system costs, all its processes together, as /proc tells; and a busy neighbour."""
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """The sum over the processes of a system."""
+def usage(roots: Collection[int]) -> dict[str, float]:
+    """Return what the processes and all below them have used so far, and hold now.
 
-    cpu_seconds: float
-    rss_mib: float
-    processes: int
-
-
-def usage(sessions: Collection[int]) -> Usage:
-    """Return what all processes of the sessions have used so far, and hold now."""
-    every = list(_stats(sessions))
-    return Usage(
-        cpu_seconds=sum(int(one[11 + at]) for _, one in every for at in range(4)) / TICKS,
-        rss_mib=sum(rss_mib(pid) for pid, _ in every),
-        processes=len(every),
-    )
-
-
-def members(sessions: Collection[int]) -> list[int]:
-    return [pid for pid, _ in _stats(sessions)]
+    `peak_mib` adds up the peak of each process.
+    """
+    row = dict.fromkeys(("cpu_ms", "rss_mib", "peak_mib", "processes", "threads", "files"), 0.0)
+    for pid, stat in below(roots).items():
+        with contextlib.suppress(OSError):  # it has ended
+            status = Path(f"/proc/{pid}/status").read_text()
+            row["cpu_ms"] += 1000 * sum(map(int, stat[11:15])) / TICKS
+            row["rss_mib"] += int(status.partition("VmRSS:")[2].split()[0]) / 1024
+            row["peak_mib"] += int(status.partition("VmHWM:")[2].split()[0]) / 1024
+            row["processes"] += 1
+            row["threads"] += int(stat[17])
+            row["files"] += sum(1 for _ in os.scandir(f"/proc/{pid}/fd"))
+    return row
 
 
-def rss_mib(pid: int) -> float:
-    return _status(pid, "VmRSS:")
-
-
-def peak_mib(pid: int) -> float:
-    return _status(pid, "VmHWM:")
-
-
-def _status(pid: int, name: str) -> float:
+@contextlib.contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Keep the first core that we may use busy meanwhile."""
+    core = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    burner = subprocess.Popen([sys.executable, "-c", code])
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has ended
-        return 0.0
-    return int((text.partition(name)[2].split() or ["0"])[0]) / 1024
+        yield
+    finally:
+        burner.kill()
+        burner.wait()
 
 
-def _stats(sessions: Collection[int]) -> Iterator[tuple[int, list[str]]]:
-    """Yield each process of the sessions, or below one, with its `stat` from the state on."""
-    every = dict(_all())
-    for pid, fields in every.items():
-        above = pid
-        while above in every and int(every[above][3]) not in sessions:
-            above = int(every[above][1])  # a worker may have a session of its own
-        if above in every and fields[0] != "Z":
-            yield pid, fields
+def below(roots: Collection[int]) -> dict[int, list[str]]:
+    """Return the processes of these sessions and all below them, with their `stat` after the name.
 
-
-def _all() -> Iterator[tuple[int, list[str]]]:
+    A worker has a session of its own.
+    """
+    every = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
             with contextlib.suppress(OSError):  # it has ended
                 stat = (path / "stat").read_text()
-                yield int(path.name), stat.rpartition(")")[2].split()
+                every[int(path.name)] = stat.rpartition(")")[2].split()
+    found = {}
+    for pid, stat in every.items():
+        above = pid
+        while above in every and above not in roots and int(every[above][3]) not in roots:
+            above = int(every[above][1])
+        if above in every and stat[0] != "Z":
+            found[pid] = stat
+    return found

@@ -1,132 +1,61 @@
-"""From nothing to the first answer: how long, how much memory, and which import costs it."""
+"""Parts `start` and `executors`: what a system costs before the work, and what computing costs."""
 
-import json
-import statistics
-import subprocess
-import sys
+import dataclasses
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 
-from bench.load import Bench, Load
-from bench.systems import ECHO, ROOT, System, running
+from bench.load import Load, Row
+from bench.rounds import Options, collect, run, started, table
+from bench.systems import BACKGROUND, ECHO, SPIN, System
 
 #: Seconds without a request before the memory is read.
 IDLE = 1.0
 
-#: Packages below this are not listed: most of them are only looked for.
-LEAST_MS = 0.2
+#: Analyses that compute all the time, and as many workers in `process`.
+BUSY = 4
 
-#: Prints, for each module named, the milliseconds and MiB that its import added to those before.
-IMPORTS = """
-import gc, importlib, os, sys, time
-page = os.sysconf("SC_PAGE_SIZE")
-def rss():
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * page / 2**20
-bare = rss()
-cost = {"Python": (0.0, bare)}
-for name in sys.argv[1:]:
+
+def start(options: Options) -> Iterator[str]:
+    systems = [*options.services, *map(_in_processes, options.services), *options.peers]
+    rows = collect(options.rounds, {one.name: partial(_started, one) for one in systems})
+    figures = "answer_seconds rss_mib processes job_p50 job_p99"
+    yield from table("Start to first answer; idle memory; then one caller", rows, figures)
+
+
+def _in_processes(system: System) -> System:
+    settings = {**system.settings, "EXECUTOR": "process", "WORKERS": str(BUSY)}
+    return dataclasses.replace(system, name=f"{system.name}, `process`", settings=settings)
+
+
+def _started(system: System) -> Row:
     begun = time.perf_counter()
-    importlib.import_module(name)
-    ms, now = 1000 * (time.perf_counter() - begun), rss()
-    cost[name] = (ms, now - bare)
-    bare = now
-import json
-print(json.dumps(cost))
-"""
-
-#: Of the standard library, what is worth its own line.
-FIRST_IMPORTS = ("logging", "json", "http.client", "sqlite3", "ssl")
+    with started(system, ECHO, warm=False) as (bench, one):
+        seconds = time.perf_counter() - begun
+        first = bench.run(Load(clients=1, count=1, seconds=20, patience=20), one.port)
+        seconds += first["answers_seconds"]  # the workers of some are ready later than their front
+        time.sleep(IDLE)
+        usage = one.usage()
+        row = bench.run(Load(clients=1, until_result=True, seconds=1), one.port)
+        return row | usage | {"answer_seconds": seconds}
 
 
-def table(systems: Sequence[System], *, rounds: int) -> Iterator[str]:
-    yield "### Start and idle memory\n"
-    yield "| system | start to first answer | least to most | RSS when idle | processes |"
-    yield "| --- | --- | --- | --- | --- |"
-    found: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
-    for number in range(rounds):
-        print(f"start, round {number + 1}", file=sys.stderr, flush=True)
-        for system in systems:
-            found[system.name].append(_start(system))
-    for name, rows in found.items():
-        seconds = [row[0] for row in rows]
-        rss, processes = (statistics.median(row[at] for row in rows) for at in (1, 2))
-        yield (
-            f"| {name} | {statistics.median(seconds):.2f} s | {min(seconds):.2f} to "
-            f"{max(seconds):.2f} s | {rss:.0f} MiB | {processes:.0f} |"
-        )
-    yield ""
-    yield from _imports(rounds)
-    yield from _import_time()
+def executors(options: Options) -> Iterator[str]:
+    every = {f"{one.name}, nothing running": partial(_paced, one, 0) for one in options.services}
+    systems = [*options.services, *map(_in_processes, options.services)]
+    for one in (*systems, *(peer for peer in options.peers if peer is BACKGROUND)):
+        every[one.name] = partial(_paced, one, BUSY)
+    rows = collect(
+        options.rounds, {name: partial(one, options.seconds) for name, one in every.items()}
+    )
+    title = f"The 200 at 100 jobs/s while {BUSY} analyses compute all the time"
+    yield from table(title, rows, "answers_per_second answer_p50 answer_p99")
 
 
-def _start(system: System) -> tuple[float, float, int]:
-    """Return the seconds until the first 200, and what is held a while later."""
-    bench = Bench()
-    try:
-        begun = time.perf_counter()
-        with running(system, ECHO, bench.receiver_url) as one:
-            load = Load(clients=1, count=1, seconds=20, expect_results=False)
-            bench.run(load, one.place.port)
-            seconds = time.perf_counter() - begun
-            time.sleep(IDLE)
-            usage = one.usage()
-            return seconds, usage.rss_mib, usage.processes
-    finally:
-        bench.close()
-
-
-# Imports
-
-
-def _imports(rounds: int) -> Iterator[str]:
-    names = [*FIRST_IMPORTS, *_dependencies(), "app"]
-    runs = [json.loads(_python("-c", IMPORTS, *names).stdout) for _ in range(rounds)]
-    yield "### What each import adds, in this order\n"
-    yield "| import | time | RSS |"
-    yield "| --- | --- | --- |"
-    for name in runs[0]:
-        ms, rss = (statistics.median(one[name][at] for one in runs) for at in (0, 1))
-        yield f"| `{name}` | {ms:.1f} ms | {rss:.1f} MiB |"
-    total = (sum(one[name][at] for name in one) for at in (0, 1) for one in runs[:1])
-    ms, rss = total
-    yield f"| all | {ms:.1f} ms | {rss:.1f} MiB |\n"
-
-
-def _dependencies() -> list[str]:
-    """Return the modules that requirements.txt asks for; what those need stands apart."""
-    text = (ROOT / "requirements.txt").read_text().partition("\n\n")[0]
-    lines = [line for line in text.splitlines() if "==" in line]
-    return [line.partition("==")[0].replace("-", "_") for line in lines]
-
-
-def _import_time() -> Iterator[str]:
-    """Sum what `-X importtime` says, by package; the standard library is one."""
-    own: dict[str, list[float]] = defaultdict(list)
-    for line in _python("-X", "importtime", "-c", "import app").stderr.splitlines():
-        fields = line.removeprefix("import time:").split("|")
-        if len(fields) == 3 and fields[0].strip().isdecimal():
-            package = fields[2].strip().partition(".")[0]
-            own[_origin(package)].append(int(fields[0]) / 1000)
-    yield "### `python -X importtime -c 'import app'`, by package\n"
-    yield "| package | modules | time |"
-    yield "| --- | --- | --- |"
-    for name, times in sorted(own.items(), key=lambda item: -sum(item[1])):
-        if sum(times) >= LEAST_MS:
-            yield f"| {name} | {len(times)} | {sum(times):.1f} ms |"
-    yield f"| all | {sum(map(len, own.values()))} | {sum(map(sum, own.values())):.1f} ms |\n"
-
-
-def _origin(package: str) -> str:
-    if package in sys.stdlib_module_names:
-        return "standard library"
-    if (ROOT / package).is_dir() or (ROOT / f"{package}.py").is_file():
-        return "Postback itself"
-    return f"`{package}`"
-
-
-def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def _paced(system: System, busy: int, seconds: float) -> Row:
+    with started(system, SPIN) as (bench, one):
+        spin = f'"seconds": {seconds + 5}'
+        bench.run(Load(clients=busy, count=busy, expect_results=False, extra=spin), one.port)
+        time.sleep(0.5)
+        paced = Load(clients=64, rate=100, seconds=seconds, expect_results=False)
+        return run(bench, one, paced)

@@ -1,22 +1,23 @@
 """The systems that are measured: how each is started, and what is running of it.
 
-Every system gets the same work: `POST /process` with `{"data": …}`, `bench.analyses` as analysis,
+Every system gets the same work: `POST /process` with `{"data": ...}`, a function of `analyses.py`,
 and the URL to post the result to. What is chosen for the peers, in this one place:
 
-* FastAPI runs on one uvicorn process with uvloop and httptools. Its routes are `async def`,
-  although they write to a queue: as `def`, each in a thread, they were up to a fifth slower.
+* FastAPI runs on one uvicorn process with uvloop and httptools.
 * Every log is at its default level and goes to a file: that of Postback, uvicorn's access log, the
   workers' own.
 * Workers are laid out as a load's `Shape` says. For the echo that is the default of Dramatiq and
   of Celery, which was also the fastest on 2 cores; Huey's single thread is made eight.
-* Results are posted over a `requests.Session` that each thread keeps; only the bare threads use
+* Results are posted over a `requests.Session` that each thread keeps. Only the bare threads use
   `requests.post`, as the approach is named for.
 * Redis runs as it does without a configuration file: a snapshot now and then, no append-only file.
+
+Postback has its default settings, but for MAX_PENDING: it must not refuse what its peers accept.
 """
 
 import contextlib
 import os
-import shutil
+import random
 import signal
 import socket
 import subprocess
@@ -25,183 +26,161 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 
 from bench import proc
 
-ROOT = Path(__file__).parent.parent
+Settings = Mapping[str, str]
 
-#: On the disk of the checkout: /tmp may be memory.
-DATA = ROOT / "bench" / ".data"
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
 
-PEERS_PYTHON = ROOT / "bench" / ".venv" / "bin" / "python"
+#: On the disk of the checkout, because /tmp may be memory.
+DATA = FOLDER / ".data"
+
+PEERS_PYTHON = FOLDER / ".venv" / "bin" / "python"
+
+#: Seconds that a system may take to start.
+PATIENCE_SECONDS = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shape:
-    """What is analyzed, and how the workers are laid out for it."""
+    """What is analyzed, how the workers are laid out for it, and settings of the service."""
 
     analysis: str
-    huey: str
-    dramatiq: str
-    celery: str
-    executor: str = "thread"
+    huey: str = "-k thread -w 8"
+    dramatiq: str = "--processes 2 --threads 8"
+    celery: str = "-P prefork -c 2"
+    settings: Settings = field(default_factory=dict, hash=False)
+    receivers: int = 0
+    dead: int = 0
 
 
-ECHO = Shape(
-    analysis="bench.analyses:echo",
-    huey="-k thread -w 8",
-    dramatiq="--processes 2 --threads 8",
-    celery="-P prefork -c 2",
-)
+ECHO = Shape("echo")
+SPIN = Shape("spin")
+NAP_LONG = Shape("nap_long")
 
-#: An analysis that waits: 32 at once, as many as Postback runs unless told otherwise.
-NAP = Shape(
-    analysis="bench.analyses:nap",
-    huey="-k thread -w 32",
-    dramatiq="--processes 1 --threads 32",
-    celery="-P threads -c 32",
-)
+#: An analysis that waits: 32 at once, as many as Postback runs by default.
+NAP = Shape("nap", "-k thread -w 32", "--processes 1 --threads 32", "-P threads -c 32")
 
-#: An analysis that computes: a process for each core.
+#: An analysis that computes: a process for each of two cores.
 BURN = Shape(
-    analysis="bench.analyses:burn",
-    huey="-k process -w 2",
-    dramatiq="--processes 2 --threads 1",
-    celery="-P prefork -c 2",
-    executor="process",
+    "burn", "-k process -w 2", "--processes 2 --threads 1", settings={"EXECUTOR": "process"}
 )
 
+#: Large results, which Postback is to post itself rather than a link to them.
+GROW = Shape("grow", settings={"POSTBACK_MAX_BYTES": "16MiB"})
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where one start of a system has its files and its ports."""
-
-    directory: Path
-    port: int
-    redis_port: int
-    shape: Shape
-    settings: Mapping[str, str] = field(default_factory=dict)
+MANY_RECEIVERS = Shape("echo", receivers=150, dead=50)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class System:
     """One row of the tables.
 
     Attributes:
-        commands: Front first; all but Redis, which `redis` asks for.
-        durable: Whether a job is on disk before the answer.
+        commands: Front first; all but Redis.
+        peer: What `peers.py` is told to be; "" for the service.
+        root: The checkout of the service.
+        settings: Of the service, for all its starts.
         delivers: False for the route that does nothing.
-        held_key: The hash where Redis keeps jobs of workers that are gone; the note tells how long.
+        held_key: For those on Redis, where it keeps jobs of workers that are gone.
     """
 
     name: str
-    commands: Callable[[Place], list[list[str]]]
-    durable: str
-    redis: bool = False
+    commands: Callable[["Running"], list[list[str]]]
+    peer: str = ""
+    root: Path = ROOT
+    settings: Settings = field(default_factory=dict)
     delivers: bool = True
-    service: bool = False
     held_key: str = ""
-    note: str = ""
+
+
+def service(root: Path, settings: Settings) -> System:
+    """Return the Postback of a checkout; another than this one is started by its own .venv."""
+    python = sys.executable if root == ROOT else str(root / ".venv" / "bin" / "python")
+    name = "Postback" if root == ROOT else f"Postback in {root}"
+    return System(name, lambda _: [[python, "app.py"]], root=root, settings=settings)
 
 
 def _python(*arguments: object) -> list[str]:
     return [str(PEERS_PYTHON), *map(str, arguments)]
 
 
-def _uvicorn(module: str, at: Place) -> list[str]:
-    return _python("-m", "uvicorn", f"bench.peers.{module}:app", "--port", at.port)
+def _bottle(server: str) -> Callable[["Running"], list[list[str]]]:
+    return lambda at: [_python("-m", "peers", server, at.port)]
 
 
-def _huey(at: Place) -> list[list[str]]:
-    consumer = PEERS_PYTHON.with_name("huey_consumer")
-    options = at.shape.huey.split()
-    return [_uvicorn("on_huey", at), _python(consumer, "bench.peers.on_huey.huey", *options)]
+def _fastapi(*worker: object) -> Callable[["Running"], list[list[str]]]:
+    """Return the commands of a front, and of a worker whose last argument is its layout."""
+
+    def commands(at: "Running") -> list[list[str]]:
+        front = _python("-m", "uvicorn", "peers:app", "--port", at.port)
+        layout = getattr(at.shape, at.system.peer, "").split()
+        return [front, _python(*worker, *layout)] if worker else [front]
+
+    return commands
 
 
-def _dramatiq(at: Place) -> list[list[str]]:
-    options = at.shape.dramatiq.split()
-    worker = _python("-m", "dramatiq", "bench.peers.on_dramatiq", *options)
-    return [_uvicorn("on_dramatiq", at), worker]
-
-
-def _celery(at: Place) -> list[list[str]]:
-    options = at.shape.celery.split()
-    worker = _python("-m", "celery", "-A", "bench.peers.on_celery:tasks", "worker", *options)
-    return [_uvicorn("on_celery", at), worker]
-
-
-POSTBACK = System(
-    name="Postback",
-    commands=lambda _: [[sys.executable, "app.py"]],
-    durable="yes",
-    service=True,
-)
-
-BARE = System(
-    name="bare route (Bottle on waitress, does nothing)",
-    commands=lambda at: [_python("-m", "bench.peers.bare", at.port)],
-    durable="no",
-    delivers=False,
-)
+BARE = System("bare route, which does nothing", _bottle("waitress"), "bare", delivers=False)
+BACKGROUND = System("FastAPI BackgroundTasks", _fastapi(), "background")
+HUEY = _fastapi(PEERS_PYTHON.with_name("huey_consumer"), "peers.huey")
+DRAMATIQ = _fastapi("-m", "dramatiq", "peers")
+CELERY = _fastapi("-m", "celery", "-A", "peers:tasks", "worker")
 
 PEERS = (
-    System(
-        name="bare thread, Bottle's server",
-        commands=lambda at: [_python("-m", "bench.peers.seed", "wsgiref", at.port)],
-        durable="no",
-    ),
-    System(
-        name="bare thread, waitress",
-        commands=lambda at: [_python("-m", "bench.peers.seed", "waitress", at.port)],
-        durable="no",
-    ),
-    System(
-        name="FastAPI BackgroundTasks",
-        commands=lambda at: [_uvicorn("background", at)],
-        durable="no",
-    ),
-    System(name="Huey on SQLite", commands=_huey, durable="yes"),
-    System(
-        name="Dramatiq + Redis",
-        commands=_dramatiq,
-        durable="no",
-        redis=True,
-        held_key="dramatiq:default.msgs",
-        note="a worker counts as gone after a minute; one command in a thousand then looks for it",
-    ),
-    System(
-        name="Celery + Redis",
-        commands=_celery,
-        durable="no",
-        redis=True,
-        held_key="unacked",
-        note="given out again after the visibility time-out, by default an hour",
-    ),
+    System("bare thread, Bottle's server", _bottle("wsgiref"), "threads"),
+    System("bare thread, waitress", _bottle("waitress"), "threads"),
+    BACKGROUND,
+    System("Huey on SQLite (durable)", HUEY, "huey"),
+    System("Dramatiq + Redis", DRAMATIQ, "dramatiq", held_key="dramatiq:default.msgs"),
+    System("Celery + Redis", CELERY, "celery", held_key="unacked"),
 )
 
 
 class Running:
-    """A system that runs, from `start` to `stop`; it can be killed and started again."""
+    """A system that runs, from `start` to `stop`; it can be killed and started again.
 
-    def __init__(self, system: System, place: Place, receiver_url: str) -> None:
-        self.system = system
-        self.place = place
-        self._receiver_url = receiver_url
+    The first of the receivers' origins is that of POSTBACK_URL; the folder is for its files.
+    """
+
+    def __init__(
+        self, system: System, shape: Shape, origins: list[str], settings: Settings, folder: Path
+    ) -> None:
+        self.system, self.shape, self.folder = system, shape, folder
+        self.port, self.redis_port = free_port(), free_port()
+        self._env = {"ANALYSIS": f"analyses:{shape.analysis}", "PYTHONPATH": str(FOLDER)}
+        self._env["POSTBACK_URL"] = f"{origins[0]}/results"
+        of_peer = {
+            "PEER": system.peer,
+            "REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0",
+            "HUEY_FILE": f"{folder}/huey.db",
+        }
+        all_settings = {**shape.settings, **system.settings, **settings}
+        of_service = {
+            "PORT": str(self.port),
+            "JOURNAL": f"{folder}/journal.db",
+            "POSTBACK_ALLOW": " ".join(origins[1:]),
+            "MAX_PENDING": "1000000",
+            **all_settings,
+        }
+        self._env |= of_peer if system.peer else of_service
         self._children: list[subprocess.Popen[bytes]] = []
-        self._redis: subprocess.Popen[bytes] | None = None
+        self._redis: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        if self.system.redis and self._redis is None:
-            options = ["--port", str(self.place.redis_port), "--dir", str(self.place.directory)]
-            self._redis = self._spawn(["redis-server", "--bind", "127.0.0.1", *options])
-            wait_until_it_listens(self.place.redis_port)
-        self._children = [self._spawn(one) for one in self.system.commands(self.place)]
-        wait_until_it_listens(self.place.port)
+        if self.system.held_key and not self._redis:
+            options = ["--port", str(self.redis_port), "--dir", str(self.folder)]
+            self._redis = [self._spawn(["redis-server", "--bind", "127.0.0.1", *options])]
+            self.wait_for(port=self.redis_port)
+        self._children = [self._spawn(one) for one in self.system.commands(self)]
+        self.wait_for()
 
     def kill(self) -> None:
         """End all at once as kill -9 does; Redis goes on."""
-        for pid in proc.members(self._sessions(redis=False)):
+        for pid in proc.below({child.pid for child in self._children}):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for child in self._children:
@@ -210,46 +189,41 @@ class Running:
 
     def stop(self) -> None:
         self.kill()
-        if self._redis is not None:
-            self._redis.kill()
-            self._redis.wait()
+        for child in self._redis:
+            child.kill()
+            child.wait()
 
-    def usage(self) -> proc.Usage:
-        return proc.usage(self._sessions())
+    def usage(self) -> dict[str, float]:
+        return proc.usage({child.pid for child in (*self._children, *self._redis)})
+
+    def wait_for(self, path: str = "", *, port: int = 0) -> None:
+        """Wait until somebody listens and, with a path, a GET of it is answered 200."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            if any(child.poll() is not None for child in self._children):
+                break
+            connection = HTTPConnection("127.0.0.1", port or self.port, timeout=PATIENCE_SECONDS)
+            with contextlib.suppress(OSError), contextlib.closing(connection):
+                connection.connect()
+                if path:
+                    connection.request("GET", path)
+                if not path or connection.getresponse().status == 200:
+                    return
+            time.sleep(0.005)
+        raise TimeoutError(f"{self.system.name} does not start: {self.log()}")
 
     def log(self) -> str:
-        return (self.place.directory / "log").read_text(errors="replace")
-
-    @property
-    def pid(self) -> int:
-        return self._children[0].pid
-
-    def _sessions(self, *, redis: bool = True) -> set[int]:
-        sessions = {child.pid for child in self._children}
-        return sessions | {self._redis.pid} if redis and self._redis else sessions
+        """Return the end of what it wrote."""
+        return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
-        directory = self.place.directory
-        env = {
-            "ANALYSIS": self.place.shape.analysis,
-            "POSTBACK_URL": self._receiver_url,
-            "PYTHONPATH": str(ROOT),
-        }
-        if self.system.service:
-            env |= {"PORT": str(self.place.port), "JOURNAL": f"{directory}/journal.db"}
-            env |= {
-                "MAX_PENDING": "1000000",
-                "EXECUTOR": self.place.shape.executor,
-                **self.place.settings,
-            }
-        else:
-            env["HUEY_FILE"] = f"{directory}/huey.db"
-            env["REDIS_URL"] = f"redis://127.0.0.1:{self.place.redis_port}/0"
-        with (directory / "log").open("ab") as log:
+        kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ")  # nothing that sets the service
+        inherited = {name: os.environ[name] for name in kept if name in os.environ}
+        with (self.folder / "log").open("ab") as log:
             return subprocess.Popen(
                 command,
-                cwd=ROOT,
-                env=_environment() | env,
+                cwd=self.system.root,
+                env=inherited | self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -258,52 +232,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
-    system: System, shape: Shape, receiver_url: str, *, settings: Mapping[str, str] | None = None
-) -> Iterator[Running]:
-    """Start a system on free ports and an empty directory, and end it with all it started."""
+def empty_folder() -> Iterator[Path]:
     DATA.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=DATA, ignore_cleanup_errors=True) as directory:
-        place = Place(
-            directory=Path(directory),
-            port=free_port(),
-            redis_port=free_port(),
-            shape=shape,
-            settings=settings or {},
-        )
-        one = Running(system, place, receiver_url)
-        try:
-            one.start()
-            yield one
-        finally:
-            one.stop()
-
-
-def missing(system: System) -> str:
-    """Return why a system cannot be measured here; "" when it can."""
-    if system.redis and not shutil.which("redis-server"):
-        return f"{system.name} is left out: install redis-server (Debian's package of that name)"
-    return ""
+    with tempfile.TemporaryDirectory(dir=DATA, ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
-
-
-def wait_until_it_listens(port: int, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            time.sleep(0.005)
-        else:
-            return
-    raise TimeoutError(f"nothing listens on port {port} after {seconds} s")
-
-
-def _environment() -> dict[str, str]:
-    """What is inherited: nothing that sets the service."""
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ")
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    """Return a port below those of outgoing connections, so that no caller connects to itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
