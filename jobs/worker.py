@@ -541,10 +541,15 @@ def _analyze(path: str) -> None:
     name = os.environ.get("ANALYSIS") or "processing:analyze"
     _find_modules()
     try:
-        analyze = load(name)
         payload = json.loads(sys.stdin.read() if path == "-" else Path(path).read_bytes())
-        if not isinstance(payload, dict) or "data" not in payload:
-            sys.exit('the payload is not an object with "data"')
+    except OSError as exc:
+        sys.exit(f"{path}: {exc.strerror}")
+    except ValueError as exc:
+        sys.exit(f"{'Standard input' if path == '-' else path} is not JSON: {exc}")
+    if not isinstance(payload, dict) or "data" not in payload:
+        sys.exit('The payload is not an object with "data": write {"data": ...}.')
+    try:
+        analyze = load(name)
         facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
         result = encode(call(analyze, payload["data"], Job(_draw, **facts)))
     except LoadError as exc:

@@ -4,6 +4,7 @@
 and uses it as any caller would. EXECUTOR=process or EXECUTOR=dask shows that executor.
 """
 
+import argparse
 import base64
 import contextlib
 import json
@@ -51,6 +52,7 @@ signal.pause()
 
 def main() -> None:
     """Show every step. A failure ends the process with one message and status 1."""
+    argparse.ArgumentParser(prog="./run demo", description=__doc__).parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("The demo was interrupted."))
     with tempfile.TemporaryDirectory(prefix="postback-demo-") as name, contextlib.ExitStack() as up:

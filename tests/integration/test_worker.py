@@ -203,8 +203,8 @@ def test_the_default_analysis_reads_standard_input():
         ("tests.analyses:fail", '{"data": 1}', "ValueError: cannot analyze 1\n"),
         ("tests.analyses:unserialisable", '{"data": 1}', 'result["rows"][0] is a set: use'),
         ("tests.analyses:nowhere", '{"data": 1}', "ANALYSIS='tests.analyses:nowhere': the module"),
-        ("tests.analyses:echo", "{", "JSONDecodeError: Expecting property name"),
-        ("tests.analyses:echo", "[]", 'the payload is not an object with "data"'),
+        ("tests.analyses:echo", "{", "Standard input is not JSON: Expecting property name"),
+        ("tests.analyses:echo", "[]", 'The payload is not an object with "data"'),
     ],
 )
 def test_what_goes_wrong_is_said_in_the_terminal(name, text, message):
