@@ -49,8 +49,8 @@ MAX_PAUSE_SECONDS = 0.1
 TICK_SECONDS = 1.0
 
 #: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
-BATCH = 500
-BATCH_PAUSE_SECONDS = 0.05
+BATCH = 100
+BATCH_PAUSE_SECONDS = 0.02
 
 #: Seconds between two looks for jobs to prune, when there was none.
 PRUNE_SECONDS = 60.0
