@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -68,14 +67,12 @@ def test_jobs_that_ran_start_again_at_once_and_a_new_one_does_not_wait(start_pro
 
     service.kill()
     service.start()
-    began = time.monotonic()
     new = service.wait_for(service.send(1))
-    seconds_of_new = time.monotonic() - began
     jobs = service.wait_for_all(running)
 
-    assert 2.5 < time.monotonic() - began < 4.5
-    assert seconds_of_new < 1.5
     assert new["outcome"] == "succeeded"
+    first_end = min(job["finished_at"] for job in jobs)
+    assert max(one["started_at"] for one in [new, *jobs]) < first_end  # all at once
     assert [(job["starts"], job["interrupted"]) for job in jobs] == [(2, 1)] * 6
 
 

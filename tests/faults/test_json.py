@@ -129,12 +129,13 @@ def test_c15_many_large_bodies_at_once_hold_up_nobody(service):
 
     with ThreadPoolExecutor(12) as pool:
         sending = [pool.submit(patient_code, service, sent) for _ in range(12)]
-        took = sorted(wire.seconds(service, here(wire.get())) for _ in range(10))
+        answered = 0
+        while not all(one.done() for one in sending):
+            assert answers(service, wire.get(), 1)[0][0] == 200
+            answered += 1
 
-        codes = {one.result() for one in sending}
-
-    assert codes == {400}
-    assert took[-3] < 1
+    assert {one.result() for one in sending} == {400}
+    assert answered >= 3  # while the large ones were still read
 
 
 def patient_code(service, sent: bytes) -> int:
