@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import hmac
 import json
 import logging
@@ -40,7 +39,7 @@ from jobs.runner import Runner
 from web import intake, logs, metrics, outbound
 from web.metrics import Metrics
 from web.receiver import Receiver
-from web.server import Application, Server
+from web.server import Application, Server, json_answer
 
 #: Exit codes (sysexits.h): the journal was lost; jobs wait for the next start; a refused start.
 EXIT_LOST = 74
@@ -104,25 +103,26 @@ class Api:
         app.serve_page()
         return app
 
-    def process(self) -> dict[str, str]:
-        """Answer POST /process: check and store. The commit and the answer follow."""
+    def process(self) -> None:
+        """Answer POST /process: check. Accepting is left to the transaction of the turn."""
         environ = bottle.request.environ
         payload = intake.read_payload(environ, max_bytes=self._config.max_body_bytes)
-        job, key = self._new_job(payload), payload.idempotency_key
-        job_id = self._runner.accept(
-            job,
-            payload.body,
-            idempotency_key=key,
-            body_sha256=hashlib.sha256(payload.body).hexdigest() if key else None,
-        )
+        job = self._new_job(payload)
+        environ["postback.write"] = functools.partial(self._accept, job, payload, environ)
+
+    def _accept(
+        self, job: model.Job, payload: intake.Payload, environ: dict[str, Any]
+    ) -> bottle.HTTPResponse:
+        job_id = self._runner.accept(job, payload.body, idempotency_key=payload.idempotency_key)
         if job_id == job.id:
             environ["postback.after"].append(functools.partial(self._accepted, job))
-        if intake.prefers_async(environ):  # RFC 7240, section 4.1
-            bottle.response.status = 202
-            bottle.response.set_header("Preference-Applied", "respond-async")
         status_url = f"{self._base_url}/jobs/{job_id}"
-        bottle.response.set_header("Location", status_url)
-        return {"id": job_id, "state": State.ACCEPTED, "status_url": status_url}
+        answer = json_answer({"id": job_id, "state": State.ACCEPTED, "status_url": status_url})
+        answer.set_header("Location", status_url)
+        if intake.prefers_async(environ):  # RFC 7240, section 4.1
+            answer.status = 202
+            answer.set_header("Preference-Applied", "respond-async")
+        return answer
 
     def _new_job(self, payload: intake.Payload) -> model.Job:
         receiver = ""
@@ -309,8 +309,7 @@ class Service:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Hold the transaction in which the server answers the short requests of one turn."""
-        if seconds := self.runner.pause_seconds():
-            threading.Event().wait(seconds)
+        self.runner.let_catch_up()
         with self.journal.transaction(durable=True):
             yield
 
@@ -392,7 +391,8 @@ def _stop(service: Service) -> None:
 
 
 def _refuse(exc: Exception) -> NoReturn:
-    print(exc, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
+        print(exc, file=sys.stderr, flush=True)
     _exit(EXIT_REFUSED)
 
 

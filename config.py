@@ -51,8 +51,11 @@ def timeout(text: str) -> float | None:
 
 def durations(text: str) -> tuple[float, ...]:
     """Return the seconds of durations separated by spaces, and nothing for `none`."""
-    found = () if text == "none" else tuple(map(duration, text.split()))
-    return _checked(found, found or text == "none", "durations such as 2s 10s 1m, or none")
+    found: tuple[float, ...] = ()
+    with contextlib.suppress(ValueError):
+        found = () if text == "none" else tuple(map(duration, text.split()))
+    expected = "durations separated by spaces, such as 2s 10s 1m, or none"
+    return _checked(found, found or text == "none", expected)
 
 
 def size(text: str) -> int:
@@ -219,6 +222,8 @@ def load() -> Config:
             problems.append(str(exc))
     if values.get("executor") == "dask" and values.get("dask_scheduler", "wrong") is None:
         problems.append("DASK_SCHEDULER: EXECUTOR=dask needs it, such as tcp://127.0.0.1:8786")
+    if values.get("workers") and values.get("executor") in ("thread", "dask"):
+        problems.append("WORKERS: only EXECUTOR=process takes it. Set that, or leave out WORKERS.")
     if problems:
         raise errors.ConfigError(problems)
     return Config(**values)

@@ -63,7 +63,8 @@ def resume(options: Options) -> Iterator[str]:
 
 
 def _resumed(system: System, executor: str) -> Row:
-    settings = {"EXECUTOR": executor, "WORKERS": "32", "MAX_RUNNING": "32"}
+    settings = {"EXECUTOR": executor, "MAX_RUNNING": "32"}
+    settings |= {"WORKERS": "32"} if executor == "process" else {}
     with started(system, NAP_LONG, settings, warm=False) as (bench, one):
         one.wait_for("/readyz")
         time.sleep(2.0)  # until all workers are there

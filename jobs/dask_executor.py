@@ -191,7 +191,10 @@ class DaskExecutor:
                         pass
                     self._tell(None, f"The Dask scheduler at {self._url} was lost.")
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
-                self._tell(None, f"The Dask scheduler at {self._url} cannot be used: {exc}")
+                text = f"The Dask cluster at {self._url} cannot be used: {str(exc).rstrip('.')}."
+                if isinstance(exc, ModuleNotFoundError):
+                    text += " Install it on each Dask worker."
+                self._tell(None, text)
             self._closed.wait(RETRY_SECONDS)
         runner.stop()
 

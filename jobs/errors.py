@@ -34,7 +34,11 @@ class MoveError(Refusal):
     """The job's state does not allow the move. Nothing was changed."""
 
     def __init__(self, job_id: str, *, state: str, wanted: str) -> None:
-        super().__init__(409, "Wrong state", f"Job {job_id} is {state}, so it cannot be {wanted}.")
+        detail = f"Job {job_id} is {state}, so it cannot be {wanted}."
+        if wanted == "deleted":
+            first = "Wait" if state == "delivering" else "Cancel it, and wait"
+            detail += f" {first} until it is delivered or undelivered."
+        super().__init__(409, "Wrong state", detail)
 
 
 class JournalError(Refusal):

@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 from jobs import errors, model, worker
 
@@ -48,8 +49,7 @@ CLOSE_SECONDS = 1.0
 log = logging.getLogger("postback")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listener:
+class Listener(NamedTuple):
     """What is called while an analysis runs, by the thread that called `run`.
 
     Attributes:
@@ -111,6 +111,7 @@ class _Run:
         worker: Where it runs; None before.
         has_begun: The worker has said so, and from then on the job may be what ends it.
         is_stopped: Its outcome was decided elsewhere.
+        is_large: Its result counts as large, and is held.
     """
 
     job: model.Job
@@ -118,6 +119,7 @@ class _Run:
     connection: socket.socket | None = None
     has_begun: bool = False
     is_stopped: bool = False
+    is_large: bool = False
 
     def hang_up(self) -> None:
         """Wake the thread that waits for the worker. What was sent already can still be read."""
@@ -145,8 +147,9 @@ class WorkerExecutor:
         self._on_change = on_change
         self._permits = threading.BoundedSemaphore(MAX_LARGE)
         self._runs: dict[str, _Run] = {}
-        # Guards what follows and all records; notified of each change that somebody waits for.
-        self._changed = threading.Condition()
+        # Guards what follows and all records. The condition tells each change that is waited for.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._workers: list[_Worker] = []
         self._is_started = self._is_draining = False
         self._is_closed = False
@@ -157,7 +160,7 @@ class WorkerExecutor:
         Raises:
             ConfigError: It cannot load the analysis.
         """
-        with self._changed:
+        with self._lock:
             self._fill()
             seconds = 0.0
             while not self._changed.wait_for(self._has_tried, LOADING_SECONDS):
@@ -170,12 +173,12 @@ class WorkerExecutor:
 
     def free(self) -> int:
         """Return how many jobs can be given to workers that are ready."""
-        with self._changed:
+        with self._lock:
             return min(sum(one.slots - len(one.runs) for one in self._serving()), sys.maxsize)
 
     def failure(self) -> str | None:
         """Return why no analysis can run now; None when one can."""
-        with self._changed:
+        with self._lock:
             if self._serving():
                 return None
             refusals = (one.refusal for one in self._workers if one.refusal)
@@ -197,9 +200,9 @@ class WorkerExecutor:
         """
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
         run = self._runs[job.id] = _Run(job)
-        with ExitStack() as held:
+        try:
             try:
-                ending = self._run(run, worker.pack(facts, body), listener, held)
+                ending = self._run(run, worker.pack(facts, body), listener)
             except OSError:  # of a socket
                 ending = self._explain(run)
             except BaseException:  # of the listener: the analysis goes on, and nobody waits for it
@@ -208,10 +211,13 @@ class WorkerExecutor:
             finally:
                 self._leave(run)
             yield None if run.is_stopped else ending
+        finally:
+            if run.is_large:
+                self._permits.release()
 
     def stop(self, job_id: str) -> None:
         """Give up a job whose outcome was decided elsewhere: `run` yields None."""
-        with self._changed:
+        with self._lock:
             if run := self._runs.get(job_id):
                 run.is_stopped = True
                 run.hang_up()
@@ -225,13 +231,13 @@ class WorkerExecutor:
 
     def drain(self) -> None:
         """From now on, blame no job for the end of its worker, and start no other."""
-        with self._changed:
+        with self._lock:
             self._is_draining = True
             self._changed.notify_all()
 
     def close(self) -> None:
         """Kill all workers."""
-        with self._changed:
+        with self._lock:
             self._is_draining = self._is_closed = True
             for one in self._workers:
                 one.kill()
@@ -241,7 +247,7 @@ class WorkerExecutor:
     # A job's thread
 
     def _run(
-        self, run: _Run, payload: bytes, listener: Listener, held: ExitStack
+        self, run: _Run, payload: bytes, listener: Listener
     ) -> model.Ending | model.Again | None:
         one = self._take(run)
         if one is None:
@@ -253,11 +259,11 @@ class WorkerExecutor:
         if run.is_stopped:
             return None
         run.connection.sendall(payload)
-        return self._listen(run, run.connection, listener, held) or self._explain(run)
+        return self._listen(run, run.connection, listener) or self._explain(run)
 
     def _take(self, run: _Run) -> _Worker | None:
         """Return a worker with a slot for a job, as soon as there is one; None to give up."""
-        with self._changed:
+        with self._lock:
             if run.job.alone and not self._is_over(run):
                 # It is full, so nobody else gets it, and stale, so nobody else counts on it.
                 run.worker = _Worker(slots=1, runs={run}, is_stale=True)
@@ -277,14 +283,14 @@ class WorkerExecutor:
         return run.worker is not None and run.worker.is_ready
 
     def _listen(
-        self, run: _Run, connection: socket.socket, listener: Listener, held: ExitStack
+        self, run: _Run, connection: socket.socket, listener: Listener
     ) -> model.Ending | None:
         """Return how the analysis ended; None when the connection ended before that."""
         run.has_begun = connection.recv(1) == worker.START
         while len(head := worker.exactly(connection, worker.FRAME.size)) == worker.FRAME.size:
             kind, length = worker.FRAME.unpack(head)
             if kind == worker.RESULT and length > LARGE_BYTES:
-                held.enter_context(self._permits)
+                run.is_large = self._permits.acquire()
             payload = worker.exactly(connection, length)
             if len(payload) < length:
                 break
@@ -295,7 +301,7 @@ class WorkerExecutor:
 
     def _explain(self, run: _Run) -> model.Ending | model.Again | None:
         """Return what follows from a connection that ended before the analysis did."""
-        with self._changed:
+        with self._lock:
             one = run.worker
             if run.is_stopped or one is None or not run.has_begun:
                 return model.Again(pause_seconds=PAUSE_SECONDS)
@@ -311,7 +317,7 @@ class WorkerExecutor:
     def _leave(self, run: _Run) -> None:
         if run.connection:
             run.connection.close()
-        with self._changed:
+        with self._lock:
             del self._runs[run.job.id]  # from now on, to stop it does nothing
             if one := run.worker:
                 if not run.is_stopped:
@@ -342,7 +348,7 @@ class WorkerExecutor:
     def _start_soon(self, one: _Worker) -> None:
         try:
             threading.Thread(target=self._keep, args=(one,), name="worker", daemon=True).start()
-        except RuntimeError as exc:  # there are too many threads
+        except (RuntimeError, MemoryError) as exc:  # there are too many threads
             raise OSError(str(exc)) from exc
         self._workers.append(one)
 
@@ -360,7 +366,7 @@ class WorkerExecutor:
         seconds = RETRY_SECONDS
         while not self._is_unwanted(one):
             has_served = self._live(one)
-            with self._changed:
+            with self._lock:
                 if not has_served:
                     self._changed.wait_for(partial(self._is_unwanted, one), seconds)
                     seconds = min(2 * seconds, MAX_RETRY_SECONDS)
@@ -370,24 +376,24 @@ class WorkerExecutor:
                     self._workers.remove(one)
                     one, seconds = _Worker(self._slots), RETRY_SECONDS
                     self._workers.append(one)
-        with self._changed:
+        with self._lock:
             self._workers.remove(one)
             self._changed.notify_all()
 
     def _live(self, one: _Worker) -> bool:
         """Start a worker's process, wait for its end, and return whether it was of any use."""
-        began = time.monotonic()
         try:
             process, control = self._start_process()
-        except OSError as exc:
+        except (OSError, MemoryError) as exc:
             self._tell(one, f"No worker can be started: {exc}.")
             return False
         with process, control, control.makefile("rb") as lines:
-            with self._changed:
+            with self._lock:
                 one.control, one.pid, one.code = control, process.pid, None
                 if self._is_unwanted(one):
                     one.kill()
             line = lines.readline()
+            ready_at = time.monotonic()
             if is_ready := line == worker.READY:
                 self._tell(one, None)
             else:
@@ -401,7 +407,7 @@ class WorkerExecutor:
         elif not self._is_unwanted(one):
             problem = line.decode().strip() or f"loading it ended its process: {_how(code)}"
             self._tell(one, f"ANALYSIS={self._arguments[-1]!r}: {problem}")
-        return is_ready and (bool(one.suspects) or time.monotonic() - began > RETRY_SECONDS)
+        return is_ready and (bool(one.suspects) or time.monotonic() - ready_at > RETRY_SECONDS)
 
     def _start_process(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:
         ours, theirs = socket.socketpair()
@@ -418,7 +424,7 @@ class WorkerExecutor:
         return process, ours
 
     def _tell(self, one: _Worker, refusal: str | None) -> None:
-        with self._changed:
+        with self._lock:
             one.refusal, one.is_ready = refusal, refusal is None
             for other in self._workers:
                 self._retire(other)
@@ -431,7 +437,7 @@ class WorkerExecutor:
 
     def _bury(self, one: _Worker, code: int) -> None:
         """Kill what a worker has left behind, and wake the jobs that were in it."""
-        with self._changed:
+        with self._lock:
             one.kill()
             one.is_ready, one.code, one.suspects = False, code, len(one.runs)
             for run in one.runs:

@@ -4,17 +4,17 @@ A move is one conditional UPDATE. When no row changed, another thread was first,
 not allow it. How the file is opened and what a commit means is in `jobs/storage.py`.
 """
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from jobs import model
-from jobs.errors import JournalError, MoveError, Refusal
+from jobs.errors import MoveError, Refusal
 from jobs.model import State
 from jobs.storage import Storage
 
@@ -53,8 +53,14 @@ class Received:
     body: bytes
 
 
-class Journal:
-    """The record. Every method may be called from any thread, and raises JournalError."""
+class Journal(Storage):
+    """The record. Every method may be called from any thread, and raises JournalError.
+
+    Args:
+        path: The database.
+        on_lost: Called once, when the file can no longer be trusted.
+        on_commit: Given the seconds of each durable transaction, after its commit.
+    """
 
     def __init__(
         self,
@@ -64,53 +70,23 @@ class Journal:
         on_commit: Callable[[float], None] = lambda _: None,
     ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
-        self._storage = Storage(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
-        self._write = self._storage.write
-        self._fetch = self._storage.fetch
-        self._read = self._storage.read
-
-    def open(self) -> None:
-        """Open the file, alone.
-
-        Raises:
-            ConfigError: It is in use, damaged, not ours, of another version, or not writable.
-        """
-        self._storage.open()
-
-    def close(self) -> None:
-        """Release the file, folded into one."""
-        self._storage.close()
-
-    def transaction(self, *, durable: bool = False) -> AbstractContextManager[None]:
-        """Commit together whatever is written inside (`Storage.transaction`)."""
-        return self._storage.transaction(durable=durable)
-
-    @property
-    def failure(self) -> JournalError | None:
-        """Why the last commit failed, or the next one would; None when there is no reason."""
-        return self._storage.failure
-
-    def size_bytes(self) -> int:
-        """Return the size of the file and of its write-ahead log."""
-        return self._storage.size_bytes()
+        super().__init__(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
 
     # Accept
 
-    def accept(
-        self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str | None
-    ) -> None:
+    def accept(self, job: model.Job, body: bytes, *, idempotency_key: str | None = None) -> None:
         """Store a job. Its Idempotency-Key must be new."""
         statement = """
             INSERT INTO jobs (id, state, postback_url, receiver, metadata, forwarded, created_at,
                               idempotency_key, body_sha256)
             VALUES (:id, :state, :postback_url, :receiver, :metadata, :forwarded, :created_at,
-                    :idempotency_key, :body_sha256)"""
-        key = {"idempotency_key": idempotency_key, "body_sha256": body_sha256}
+                    :key, :body_sha256)"""
+        sha256 = hashlib.sha256(body).hexdigest() if idempotency_key else None
         with self.transaction(durable=True):
-            self._write(statement, **_values(job), **key)
+            self._write(statement, **_values(job), key=idempotency_key, body_sha256=sha256)
             self._write("INSERT INTO payloads VALUES (last_insert_rowid(), :body)", body=body)
 
-    def accepted_before(self, idempotency_key: str, *, body_sha256: str | None) -> str | None:
+    def accepted_before(self, idempotency_key: str, body: bytes) -> str | None:
         """Return the id of the job that was sent with this key, if there is one.
 
         Raises:
@@ -119,7 +95,7 @@ class Journal:
         statement = "SELECT id, body_sha256 FROM jobs WHERE idempotency_key = :key"
         with self.transaction():  # the job may have been accepted in the open transaction
             rows = self._fetch(statement, key=idempotency_key)
-        if rows and rows[0]["body_sha256"] != body_sha256:
+        if rows and rows[0]["body_sha256"] != hashlib.sha256(body).hexdigest():
             text = "This Idempotency-Key was sent with another body: send a new key."
             raise Refusal(422, "Idempotency key reused", text)
         return str(rows[0]["id"]) if rows else None
@@ -230,7 +206,6 @@ class Journal:
         ending: model.Ending,
         event: model.Event,
         *,
-        source: State,
         due_at: datetime | None,
         durable: bool = False,
     ) -> None:
@@ -240,25 +215,24 @@ class Journal:
             job: The job.
             ending: How and when its analysis ended.
             event: What is posted.
-            source: The state that it must come from.
             due_at: When the first attempt is due; None when the caller makes it now.
             durable: Whether an answer depends on it.
 
         Raises:
-            MoveError: It is in another state. Nothing was changed.
+            MoveError: It had ended already. Nothing was changed.
         """
         move = """
             UPDATE jobs SET state = 'delivering', outcome = :outcome, started_at = :started_at,
                             finished_at = :finished_at, next_attempt_at = :due_at,
                             next_start_at = NULL
-             WHERE id = :id AND state = :source"""
+             WHERE id = :id AND outcome IS NULL"""
         store = """
             INSERT INTO events
             SELECT seq, :body, :result_at, :result, :result_key FROM jobs WHERE id = :id"""
         forget = "DELETE FROM kept WHERE seq = (SELECT seq FROM jobs WHERE id = :id)"
         wanted = "canceled" if ending.outcome is model.Outcome.CANCELED else "ended"
         with self.transaction(durable=durable):
-            self._move(job.id, move, wanted=wanted, source=source, due_at=due_at, **_values(ending))
+            self._move(job.id, move, wanted=wanted, due_at=due_at, **_values(ending))
             self._write(store, id=job.id, **_values(event))
             self._write(forget, id=job.id)
 

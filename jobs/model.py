@@ -219,8 +219,8 @@ def utc_now() -> datetime:
 
 
 def text_of(instant: datetime) -> str:
-    """Return an instant in its one form, `2026-01-02T03:04:05.678Z`, whose order is time order."""
-    return instant.astimezone(UTC).isoformat(timespec="milliseconds")[:23] + "Z"
+    """Return an instant in UTC as `2026-01-02T03:04:05.678Z`, so that text order is time order."""
+    return instant.isoformat(timespec="milliseconds")[:23] + "Z"
 
 
 def timed_out(job_timeout_seconds: float) -> Ending:

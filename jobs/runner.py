@@ -1,8 +1,9 @@
 """What happens between the 200 and the postback: one daemon thread a job, and one scheduler.
 
 The scheduler thread claims accepted jobs while the executor has a free worker and fewer than
-MAX_RUNNING analyses run, and starts a thread for each. A job's thread has the analysis run, stores
-the event, gives up its place, makes the first attempt, and ends. The scheduler also starts the
+MAX_RUNNING analyses run, and starts a thread for each. A job's thread has the analysis run, has the
+event stored, gives up its place, makes the first attempt, hands what came of it to the scheduler,
+and ends. The scheduler writes for all of them, so that they share commits. It also starts the
 attempts that are due, times out, and prunes. It is the only thread that claims.
 """
 
@@ -11,12 +12,13 @@ import dataclasses
 import functools
 import logging
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from config import Config
 from jobs import model
@@ -25,6 +27,7 @@ from jobs.errors import JournalError, JournalLost, MoveError, Refusal
 from jobs.executor import Listener, WorkerExecutor
 from jobs.journal import Claimed, Journal
 from jobs.model import Outcome, State
+from jobs.writer import Writer
 from postback import Sender
 from web.metrics import Metrics
 
@@ -44,6 +47,7 @@ RETRY_SECONDS = 1.0
 MAX_BEHIND = 16
 PAUSE_FACTOR = 10
 MAX_PAUSE_SECONDS = 0.1
+CATCH_UP_SECONDS = 0.002
 
 #: The scheduler looks at the journal and at idle connections at least once in so many seconds.
 TICK_SECONDS = 1.0
@@ -56,8 +60,6 @@ BATCH_PAUSE_SECONDS = 0.02
 PRUNE_SECONDS = 60.0
 
 log = logging.getLogger("postback")
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,20 +108,22 @@ class Runner:
         self._metrics = metrics
         self._job_url = job_url
         self._clock = clock
+        self._writer = Writer(journal, on_write=self.wake)
         self._stopped = threading.Event()
-        # A job is in `_runs` exactly while a thread works for it; the lock guards all below.
-        self._changed = threading.Condition(threading.Lock())
+        self._woken = threading.Event()  # the scheduler has something to do
+        self._woken_at = 0.0  # by the monotonic clock
+        self._lag_seconds = 0.0  # how long the scheduler had to wait for its turn when last woken
+        # A job is in `_runs` exactly while somebody works for it; the lock guards all below.
+        self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)  # notified when a job leaves during a drain
         self._runs: dict[str, Run] = {}
         self._waiting = 0  # accepted jobs that may start and have no thread
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_crowded = False  # a due attempt waits until another one ends
-        self._is_woken = False
-        self._woken_at = 0.0  # by the monotonic clock
-        self._lag_seconds = 0.0  # how long the scheduler had to wait for its turn when last woken
         self._is_draining = False
         # When the scheduler looks for each kind of work, by the monotonic clock.
-        self._attempts_at = self._starts_at = self._prune_at = self._count_at = 0.0
+        self._attempts_at = self._starts_at = self._prune_at = self._tick_at = 0.0
         self._times_out_at = math.inf
         self._scheduler = threading.Thread(target=self._schedule, name="scheduler", daemon=True)
 
@@ -131,7 +135,7 @@ class Runner:
         crashed, self._waiting = self._journal.resume(now=now, latest=self._latest(now))
         for job in crashed:
             text = f"The service ended {job.interrupted} times while the analysis ran."
-            self._end_from_outside(job, model.crashed(text), source=State.RUNNING)
+            self._end_from_outside(job, model.crashed(text))
         if crashed or self._waiting:
             log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
         name, before = self._config.analysis, self._journal.set_analysis(self._config.analysis)
@@ -140,9 +144,7 @@ class Runner:
             log.warning("analysis changed", extra=facts)
         self._scheduler.start()
 
-    def accept(
-        self, job: model.Job, body: bytes, *, idempotency_key: str | None, body_sha256: str | None
-    ) -> str:
+    def accept(self, job: model.Job, body: bytes, *, idempotency_key: str | None = None) -> str:
         """Store a job, and return its id. It is durable when the open transaction is committed.
 
         Call `wake` after the answer has left.
@@ -156,33 +158,36 @@ class Runner:
         """
         with self._journal.transaction(durable=True):
             if idempotency_key:
-                first = self._journal.accepted_before(idempotency_key, body_sha256=body_sha256)
+                first = self._journal.accepted_before(idempotency_key, body)
                 if first:
                     return first
             self._refuse()
-            self._journal.accept(
-                job, body, idempotency_key=idempotency_key, body_sha256=body_sha256
-            )
-            with self._changed:
+            self._journal.accept(job, body, idempotency_key=idempotency_key)
+            with self._lock:
                 self._waiting += 1
         return job.id
 
     def wake(self) -> None:
-        """Have the scheduler look for jobs that may start."""
-        with self._changed:
-            self._wake()
+        """Have the scheduler look for what there is to do."""
+        if not self._woken.is_set():
+            self._woken_at = time.monotonic()
+            self._woken.set()
 
-    def pause_seconds(self) -> float:
-        """Return how long accepting should pause, so that delivering keeps up with it.
+    def let_catch_up(self) -> None:
+        """Wait a little if accepting would outrun delivering.
 
         That is when more than MAX_BEHIND jobs wait for nothing but the processor: they are posted,
-        or could start, and the scheduler itself has to wait for its turn.
+        or could start, and the scheduler itself had to wait for its turn.
         """
-        with self._changed:
-            behind = self._count(is_posting=True)
-            if self._count(is_posting=False) < self._max_running:
-                behind += self._waiting
-        return min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS) * (behind > MAX_BEHIND)
+        until = time.monotonic() + min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS)
+        while self._count_behind() > MAX_BEHIND and time.monotonic() < until:
+            self._stopped.wait(CATCH_UP_SECONDS)
+
+    def _count_behind(self) -> int:
+        with self._lock:
+            running = self._count(is_posting=False)
+            could_start = self._waiting if running < self._max_running else 0
+            return len(self._runs) - running + could_start
 
     def cancel(self, job_id: str) -> None:
         """End a job with the outcome `canceled`. It is durable when this returns.
@@ -191,17 +196,9 @@ class Runner:
             MoveError: Its analysis has ended already.
             Refusal: There is no such job (404).
         """
-        job, error = self._journal.job(job_id), None
-        for source in (State.ACCEPTED, State.RUNNING, State.ACCEPTED):  # it may move meanwhile
-            try:
-                self._end_from_outside(job, model.canceled(), source=source, durable=True)
-            except MoveError as exc:
-                error = exc
-                continue
-            with self._changed:
-                self._waiting -= source is State.ACCEPTED and job.next_start_at is None
-            return
-        raise error or AssertionError
+        self._end_from_outside(self._journal.job(job_id), model.canceled(), durable=True)
+        with contextlib.suppress(JournalError):  # it is counted once a second, too
+            self._count_waiting()
 
     def resend(self, job_id: str) -> None:
         """Post an ended job's event again, under the same webhook-id.
@@ -251,9 +248,9 @@ class Runner:
         self._executor.drain()  # at once: whoever stops the service may have ended the workers, too
         with contextlib.suppress(JournalError):  # it was logged; what runs may still end
             self._journal.plan_stop()  # before all else, because a kill may follow
-        with self._changed:
+        with self._lock:
             self._is_draining = True
-            self._changed.wait_for(lambda: not self._runs, timeout=seconds)
+            self._left.wait_for(lambda: not self._runs, timeout=seconds)
         self._stopped.set()
         self.wake()
         if self._scheduler.is_alive():
@@ -263,9 +260,11 @@ class Runner:
 
     def _refuse(self) -> None:
         limit = self._config.max_pending
-        with self._changed:
-            free = max(0, self._max_running - self._count(is_posting=False))
-            is_full = self._waiting >= limit + free
+        is_full = self._waiting >= limit
+        if is_full:
+            with self._lock:
+                free = max(0, self._max_running - self._count(is_posting=False))
+                is_full = self._waiting >= limit + free
         if self._is_draining:
             raise _unavailable("Stopping", "The service is stopping: send it again later.")
         if is_full:
@@ -273,25 +272,18 @@ class Runner:
             raise _unavailable("Queue full", text)
 
     def _count(self, *, is_posting: bool, receiver: str | None = None) -> int:
-        return sum(
-            run.is_posting is is_posting and (receiver is None or run.job.receiver == receiver)
-            for run in self._runs.values()
-        )
+        runs = [run for run in self._runs.values() if run.is_posting is is_posting]
+        return len([run for run in runs if receiver in (None, run.job.receiver)])
 
     # The scheduler's thread
 
-    def _wake(self) -> None:
-        if not self._is_woken:
-            self._is_woken, self._woken_at = True, time.monotonic()
-        self._changed.notify_all()
-
     def _look_for_attempts(self, seconds: float) -> None:
         """Have the scheduler look for due attempts after so many seconds."""
-        with self._changed:
+        with self._lock:
             at = time.monotonic() + seconds
             if at < self._attempts_at:
                 self._attempts_at = at
-                self._wake()
+                self.wake()
 
     def _schedule(self) -> None:
         while not self._stopped.is_set():
@@ -299,50 +291,59 @@ class Runner:
                 self._schedule_once()
                 self._wait()
             except JournalLost:
-                return  # the process is about to end
+                break  # the process is about to end
             except Exception as exc:
                 if not isinstance(exc, JournalError):  # which was logged where it was seen
                     log.exception("scheduler failed")
                 self._attempts_at = 0.0  # what was looked for may still be due
                 self._stopped.wait(RETRY_SECONDS)
+        self._writer.close()
 
     def _wait(self) -> None:
         times = (self._attempts_at, self._starts_at, self._prune_at, self._times_out_at)
-        with self._changed:
-            seconds = min(min(times) - time.monotonic(), TICK_SECONDS)
-            if self._changed.wait_for(lambda: self._is_woken, timeout=max(0.0, seconds)):
-                self._lag_seconds = time.monotonic() - self._woken_at
-            self._is_woken = False
+        seconds = min(min(times) - time.monotonic(), TICK_SECONDS)
+        if self._woken.wait(max(0.0, seconds)):
+            self._lag_seconds = time.monotonic() - self._woken_at
+        self._woken.clear()
 
     def _schedule_once(self) -> None:
-        if self._journal.failure:  # which looks at its files, too
-            self._journal.probe()
-        self._sender.close_idle()
         now = time.monotonic()
+        self._writer.write()
+        if now >= self._tick_at:
+            self._tick()
         if now >= self._times_out_at:
             self._time_out(now)
         if self._is_draining:
             return
         if now >= self._starts_at:
             self._release_due_starts()
-        self._start_accepted()
+        if self._waiting:
+            self._start_accepted()
         if now >= self._attempts_at:
             self._start_attempts()
         if now >= self._prune_at:
             self._prune()
 
+    def _tick(self) -> None:
+        """Look once a second at what nobody tells."""
+        self._tick_at = time.monotonic() + TICK_SECONDS
+        self._sender.close_idle()
+        if self._journal.failure:  # which looks at its files, too
+            self._journal.probe()
+        self._count_waiting()  # a commit that failed may have left jobs
+
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over."""
-        with self._changed:
+        with self._lock:
             late = [run for run in self._runs.values() if run.times_out_at <= now]
         for run in late:
             ending = model.timed_out(self._config.job_timeout_seconds or 0)
             try:
-                self._end_from_outside(run.job, ending, source=State.RUNNING)
+                self._end_from_outside(run.job, ending)
             except MoveError:
                 log.debug("analysis ended in time", extra=run.job.facts)
             run.times_out_at = math.inf
-        with self._changed:
+        with self._lock:
             times = (run.times_out_at for run in self._runs.values())
             self._times_out_at = min(times, default=math.inf)
 
@@ -350,17 +351,16 @@ class Runner:
         now = self._clock()
         released, next_at = self._journal.release_due_starts(now=now)
         seconds = (next_at - now).total_seconds() if next_at else math.inf
-        with self._changed:
+        with self._lock:
             self._waiting += released
             self._starts_at = time.monotonic() + min(max(seconds, 0.0), PRUNE_SECONDS)
 
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and start a thread for each."""
-        with self._changed:
+        with self._lock:
             jobs = [run.job for run in self._runs.values() if not run.is_posting]
         limit = min(self._max_running - len(jobs), self._executor.free())
         if limit <= 0:
-            self._count_waiting()
             return
         shared = sum(job.alone == model.Alone.SHARED for job in jobs)
         interrupted = any(job.alone == model.Alone.INTERRUPTED for job in jobs)
@@ -376,7 +376,7 @@ class Runner:
                 runs = {one.job.id: Run(job=one.job) for one in claimed}
                 # When the claim comes back short, few or none wait, and to count them is cheap.
                 left = self._journal.count_waiting() if len(claimed) < limit else None
-                with self._changed:  # before the commit: a cancel may follow it at once
+                with self._lock:  # before the commit: a cancel may follow it at once
                     self._runs |= runs
                     self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
         except JournalError:
@@ -386,19 +386,9 @@ class Runner:
         for one in claimed:
             self._start_thread(runs[one.job.id], self._work, one)
 
-    def _count_waiting(self) -> None:
-        """Count anew, once in a while, which jobs wait: a commit that failed may have left some."""
-        if time.monotonic() < self._count_at:
-            return
-        self._count_at = time.monotonic() + TICK_SECONDS
-        with self._journal.transaction():
-            waiting = self._journal.count_waiting()
-            with self._changed:
-                self._waiting = waiting
-
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
-        with self._changed:
+        with self._lock:
             self._attempts_at, self._is_crowded = math.inf, False
         now, next_seconds = self._clock(), PRUNE_SECONDS
         for receiver, due_at in self._journal.earliest_attempts():
@@ -406,12 +396,12 @@ class Runner:
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
                 continue
-            with self._changed:
+            with self._lock:
                 room = self._room(receiver)
             if room:
                 for job, event in self._journal.claim_due(receiver, now=now, limit=room):
                     run = Run(job=job, is_posting=True, outcome=job.outcome)
-                    with self._changed:
+                    with self._lock:
                         self._runs[job.id] = run
                     self._start_thread(run, self._post, event)
                 next_seconds = 0.0  # there may be more
@@ -431,7 +421,7 @@ class Runner:
         return room
 
     def _start_thread(
-        self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes
+        self, run: Run, work: Callable[[Run, Any], bool], given: Claimed | bytes
     ) -> None:
         """Start a thread that works for a job. If the system has none, the job waits a second."""
         arguments = (run, work, given)
@@ -440,7 +430,6 @@ class Runner:
             thread.start()
         except (RuntimeError, MemoryError) as exc:  # can't start new thread
             log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
-            self._leave(run)
             if run.is_posting:
                 self._put_off(run)
             else:
@@ -465,46 +454,65 @@ class Runner:
 
     # A job's thread
 
-    def _guard(self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes) -> None:
+    def _guard(self, run: Run, work: Callable[[Run, Any], bool], given: Claimed | bytes) -> None:
         """Do the work, and whatever happens leave no job without a thread or a next step."""
         try:
-            work(run, given)
+            if not work(run, given):
+                self._leave(run)
         except JournalError:
             log.debug("job left to the next start", extra=run.job.facts)
+            self._leave(run)
         except BaseException as exc:
             log.exception("job's thread failed", extra=run.job.facts)
             self._give_up(run, type(exc).__name__)
-        finally:
-            self._leave(run)
 
     def _give_up(self, run: Run, kind: str) -> None:
         """End the analysis as failed; if it has ended, have the attempt made again."""
-        ending = model.without_result(Outcome.FAILED, kind, "The result could not be handled.")
-        try:
-            self._insist(lambda: self._end_from_outside(run.job, ending, source=State.RUNNING))
-        except MoveError:
-            self._put_off(run)
+        self._executor.stop(run.job.id)
+        given = model.without_result(Outcome.FAILED, kind, "The result could not be handled.")
+        ending, event = self._prepare(run.job, given)
+
+        def then(answer: Any) -> None:
+            if isinstance(answer, MoveError):
+                self._put_off(run)
+                return
+            self._leave(run)
+            if answer is None:
+                self._ended(run.job, ending, is_due=True)
+
+        due_at = ending.finished_at
+        write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
+        self._writer.hand_over(write, then)
 
     def _put_off(self, run: Run) -> None:
         """Make an attempt that was taken, but not made, due again."""
         until = self._clock() + timedelta(seconds=RETRY_SECONDS)
-        self._insist(lambda: self._journal.put_off(run.job.id, until=until))
-        self._look_for_attempts(RETRY_SECONDS)
+
+        def then(_: Any) -> None:
+            self._look_for_attempts(RETRY_SECONDS)
+            self._leave(run)
+
+        self._writer.hand_over(lambda: self._journal.put_off(run.job.id, until=until), then)
 
     def _leave(self, run: Run) -> None:
-        with self._changed:
+        with self._lock:
             if self._runs.get(run.job.id) is run:  # not when it was claimed anew meanwhile
                 del self._runs[run.job.id]
             if self._is_crowded:
                 self._attempts_at = 0.0
-            has_freed_a_place = self._waiting and not run.is_posting
-            if has_freed_a_place or self._is_crowded or self._is_draining:
-                self._wake()
+            if self._is_crowded or (self._waiting and not run.is_posting):
+                self.wake()
+            if self._is_draining:
+                self._left.notify_all()
 
-    def _work(self, run: Run, claimed: Claimed) -> None:
-        """Have the analysis run, store the event, and make the first attempt."""
+    def _work(self, run: Run, claimed: Claimed) -> bool:
+        """Have the analysis run, store the event, and make the first attempt.
+
+        Returns:
+            Whether the scheduler goes on with the job.
+        """
         if run.outcome:  # it was canceled just now
-            return
+            return False
         listener = Listener(
             started=lambda: self._note_start(run),
             progressed=lambda fraction, note: self._note_progress(run, fraction, note),
@@ -518,8 +526,8 @@ class Runner:
                 event = self._store(run, ending)
         if again:
             self._run_again(run, again)
-        elif event is not None:
-            self._post(run, event)
+            return True
+        return event is not None and self._post(run, event)
 
     def _note_start(self, run: Run) -> None:
         run.started_at = self._clock()
@@ -527,10 +535,10 @@ class Runner:
             self._executor.stop(run.job.id)
         if timeout := self._config.job_timeout_seconds:
             run.times_out_at = time.monotonic() + timeout
-            with self._changed:
+            with self._lock:
                 if run.times_out_at < self._times_out_at:
                     self._times_out_at = run.times_out_at
-                    self._wake()
+                    self.wake()
 
     def _note_progress(self, run: Run, fraction: float, note: str) -> None:
         run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
@@ -557,53 +565,79 @@ class Runner:
         """Let a job wait for its next start."""
         seconds = again.pause_seconds
         next_start_at = self._clock() + timedelta(seconds=seconds) if seconds else None
-        values: dict[str, Any] = {
-            "next_start_at": next_start_at,
-            "has_started": run.started_at is not None,
-        }
-        values |= {"is_alone": again.is_alone, "error": again.error}
-        try:
-            self._insist(lambda: self._journal.run_again(run.job.id, **values))
-        except MoveError:  # it was canceled, or timed out, at this very moment
-            return
-        facts = {"seconds": seconds, "alone": again.is_alone or None}
-        log.info("analysis to run again", extra=run.job.facts | facts)
-        if again.error:
-            self._metrics.retried()
-        with self._changed:
-            self._waiting += not seconds
-            self._starts_at = min(self._starts_at, time.monotonic() + seconds)
-            self._wake()
+        write = functools.partial(
+            self._journal.run_again,
+            run.job.id,
+            next_start_at=next_start_at,
+            has_started=run.started_at is not None,
+            is_alone=again.is_alone,
+            error=again.error,
+        )
 
-    def _store(self, run: Run, ending: model.Ending) -> bytes | None:
+        def then(answer: Any) -> None:
+            if not isinstance(answer, Exception):  # else it was canceled at this very moment
+                facts = {"seconds": seconds, "alone": again.is_alone or None}
+                log.info("analysis to run again", extra=run.job.facts | facts)
+                if again.error:
+                    self._metrics.retried()
+                with self._lock:
+                    self._waiting += not seconds
+                    self._starts_at = min(self._starts_at, time.monotonic() + seconds)
+            self._leave(run)
+
+        self._writer.hand_over(write, then)
+
+    def _store(self, run: Run, given: model.Ending) -> bytes | None:
         """Store how the analysis ended; return the event if this thread is to post it now."""
         posts_now = self._begin_to_post(run)
-        end = functools.partial(self._end, run.job, ending, State.RUNNING, posts_now=posts_now)
-        try:
-            event = self._insist(end)
-        except MoveError:  # it was canceled, or timed out, at this very moment
-            return None
-        return event if posts_now else None
+        ending, event = self._prepare(run.job, given)
+        answer = queue.SimpleQueue[Any]()
+
+        def then(exc: Any) -> None:
+            answer.put(exc)
+            if exc is None:
+                self._ended(run.job, ending, is_due=not posts_now)
+
+        due_at = None if posts_now else ending.finished_at
+        write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
+        self._writer.hand_over(write, then)
+        exc = answer.get()
+        if exc and not isinstance(exc, MoveError):  # it was canceled, or timed out, at this moment
+            raise exc
+        return event.body if posts_now and not exc else None
 
     def _begin_to_post(self, run: Run) -> bool:
         """Give up the place of a job; return whether its thread may make the first attempt now."""
         receiver = run.job.receiver
-        with self._changed:
+        with self._lock:
             posts_now = self._held_seconds(receiver) <= 0 and self._room(receiver) > 0
             run.is_posting = True
             if self._waiting:
-                self._wake()
+                self.wake()
             return posts_now
 
-    def _post(self, run: Run, event: bytes) -> None:
-        """Make one attempt, and store what follows from it."""
-        job, attempt = run.job, self._sender.attempt(run.job, event)
-        now = self._clock()
-        state = self._insist(lambda: self._journal.record(job, attempt, now=now))
-        with self._changed:
+    def _post(self, run: Run, event: bytes) -> bool:
+        """Make one attempt, and hand over what came of it."""
+        attempt = self._sender.attempt(run.job, event)
+        write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
+        self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
+        return True
+
+    def _attempted(self, run: Run, attempt: model.Attempt, state: State | Exception) -> None:
+        """Follow up on an attempt that was recorded."""
+        job = run.job
+        if isinstance(state, JournalError):
+            self._leave(run)
+            return
+        if isinstance(state, Exception):
+            log.error("attempt not recorded", exc_info=state, extra=job.facts)
+            self._put_off(run)
+            return
+        with self._lock:
             if attempt.hold_seconds:
                 self._held[job.receiver] = time.monotonic() + attempt.hold_seconds
             (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
+        self._leave(run)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:
             facts: dict[str, Any] = {"attempt": attempt.number, "status_code": attempt.status_code}
@@ -612,60 +646,47 @@ class Runner:
         if attempt.seconds_until_next is not None:
             self._look_for_attempts(attempt.seconds_until_next)
             return
+        seconds = round((self._clock() - job.created_at).total_seconds(), 3)
         facts = {"outcome": run.outcome, "starts": job.starts, "attempts": attempt.number}
-        facts |= {"seconds": round((now - job.created_at).total_seconds(), 3)}
         level = logging.INFO if attempt.delivered else logging.WARNING
-        log.log(level, "job %s", state, extra=job.facts | facts)
+        log.log(level, "job %s", state, extra={**job.facts, **facts, "seconds": seconds})
 
     # Shared by all threads
 
+    def _count_waiting(self) -> None:
+        with self._journal.transaction(), self._lock:
+            self._waiting = self._journal.count_waiting()
+
     def _end_from_outside(
-        self, job: model.Job, ending: model.Ending, *, source: State, durable: bool = False
+        self, job: model.Job, ending: model.Ending, *, durable: bool = False
     ) -> None:
         """End a job while its analysis may run: what it returns later counts for nothing.
 
         Raises:
-            MoveError: It is not in the state `source`.
+            MoveError: It has ended already.
         """
-        self._end(job, ending, source, durable=durable)
+        ending, event = self._prepare(job, ending)
+        self._journal.end(job, ending, event, due_at=ending.finished_at, durable=durable)
+        self._ended(job, ending, is_due=True)
         self._executor.stop(job.id)
 
-    def _end(
-        self,
-        job: model.Job,
-        ending: model.Ending,
-        source: State,
-        *,
-        posts_now: bool = False,
-        durable: bool = False,
-    ) -> bytes:
-        """Store and tell how a job ended; return its event, which is due unless `posts_now`."""
-        run, now = self._runs.get(job.id), self._clock()
+    def _prepare(self, job: model.Job, given: model.Ending) -> tuple[model.Ending, model.Event]:
+        """Return an ending with its times, and its event."""
+        run = self._runs.get(job.id)
         started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
-        ending = dataclasses.replace(ending, started_at=started_at, finished_at=now)
+        ending = dataclasses.replace(given, started_at=started_at, finished_at=self._clock())
         max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
-        event = model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
-        due_at = None if posts_now else now
-        self._journal.end(job, ending, event, source=source, due_at=due_at, durable=durable)
-        if run:
+        return ending, model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
+
+    def _ended(self, job: model.Job, ending: model.Ending, *, is_due: bool) -> None:
+        """Tell how a job ended, once that is committed."""
+        if run := self._runs.get(job.id):
             run.outcome = ending.outcome
-        self._metrics.ended_analysis(job, ending.outcome, started_at, now)
+        self._metrics.ended_analysis(job, ending)
         level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
         log.log(level, "analysis ended", extra={**job.facts, "outcome": ending.outcome})
-        if not posts_now:
+        if is_due:
             self._look_for_attempts(0.0)
-        return event.body
-
-    def _insist(self, write: Callable[[], T]) -> T:
-        """Write, and try again until the journal can be written or the service stops."""
-        while True:
-            try:
-                return write()
-            except JournalLost:
-                raise
-            except JournalError:
-                if self._stopped.wait(RETRY_SECONDS):
-                    raise
 
 
 def _unavailable(title: str, detail: str) -> Refusal:

@@ -1,3 +1,4 @@
+# ruff: noqa: SLF001 - a storage and its transactions are one thing
 """The SQLite file of the journal: its lock, its connections, its transactions, and its errors.
 
 It knows how the file is opened, when a commit survives a power cut, and which errors of SQLite mean
@@ -15,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -79,7 +79,7 @@ class Storage:
         # Only the thread that holds the lock uses the writing connection.
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
-        self._transaction: _Transaction | None = None
+        self._transaction: Transaction | None = None
         self._is_full: bool | None = None  # what `synchronous` is set to
         self._lock_file: IO[str] | None = None
         self._inodes: list[tuple[int, int]] = []  # of the open files
@@ -129,8 +129,7 @@ class Storage:
         """Return the size of the file and of its write-ahead log."""
         return sum(status.st_size for status in self._stat("", "-wal"))
 
-    @contextmanager
-    def transaction(self, *, durable: bool = False) -> Iterator[None]:
+    def transaction(self, *, durable: bool = False) -> "Transaction":
         """Commit together whatever is written inside; nothing of it when anything fails.
 
         The same thread may open another one inside, which then is part of this one. When the inner
@@ -143,30 +142,17 @@ class Storage:
         Raises:
             JournalError: At the end. Nothing was committed.
         """
-        with self._lock:
-            if self._transaction:
-                with self._transaction.joined(self._usable(), durable=durable):
-                    yield
-                return
-            self._transaction = _Transaction(durable=durable)
-            try:
-                yield
-                self._commit(self._transaction)
-            finally:
-                self._transaction = None
-                if self._connection and self._connection.in_transaction:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._connection.execute("ROLLBACK")
+        return Transaction(self, durable=durable)
 
-    def write(self, statement: str, **values: Any) -> int:
+    def _write(self, statement: str, **values: Any) -> int:
         """Execute a statement inside the open transaction; return how many rows it changed."""
         return self._execute(statement, values)[1]
 
-    def fetch(self, statement: str, **values: Any) -> list[sqlite3.Row]:
+    def _fetch(self, statement: str, **values: Any) -> list[sqlite3.Row]:
         """Return rows as the open transaction sees them."""
         return self._execute(statement, values)[0]
 
-    def read(self, statement: str, **values: Any) -> list[sqlite3.Row]:
+    def _read(self, statement: str, **values: Any) -> list[sqlite3.Row]:
         """Return rows by a connection of our own: it waits for no commit, and holds none up."""
         self._usable()
         try:
@@ -209,7 +195,7 @@ class Storage:
             transaction.failure = JournalError("There was no memory for the transaction.")
             raise
 
-    def _begin(self, connection: sqlite3.Connection, transaction: "_Transaction") -> None:
+    def _begin(self, connection: sqlite3.Connection, transaction: "Transaction") -> None:
         if transaction.durable:
             self._refuse_replaced()
         if transaction.durable is not self._is_full:  # inside of a transaction it is refused
@@ -218,7 +204,20 @@ class Storage:
         connection.execute("BEGIN IMMEDIATE")
         transaction.began = time.perf_counter()
 
-    def _commit(self, transaction: "_Transaction") -> None:
+    def _count_changes(self) -> int:
+        return self._connection.total_changes if self._connection else 0
+
+    def _end(self, transaction: "Transaction", *, commit: bool) -> None:
+        try:
+            if commit:
+                self._commit(transaction)
+        finally:
+            self._transaction = None
+            if self._connection and self._connection.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+
+    def _commit(self, transaction: "Transaction") -> None:
         if transaction.failure:
             raise transaction.failure
         if transaction.began is None:
@@ -314,9 +313,8 @@ class Storage:
         return ConfigError([f"JOURNAL={str(self._path)!r}: {line}"])
 
 
-@dataclass(slots=True, kw_only=True)
-class _Transaction:
-    """The open transaction of the writing connection.
+class Transaction:
+    """A transaction of the writing connection, or a part of the one that is open.
 
     Attributes:
         durable: Whether its commit must survive a power cut.
@@ -324,22 +322,36 @@ class _Transaction:
         failure: Why it can no longer be committed.
     """
 
-    durable: bool
-    began: float | None = None
-    failure: JournalError | None = None
+    __slots__ = ("_changes", "_outer", "_storage", "began", "durable", "failure")
 
-    @contextmanager
-    def joined(self, connection: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
-        """Make what is written inside a part of this transaction."""
-        if durable and not self.durable:
+    def __init__(self, storage: Storage, *, durable: bool) -> None:
+        self._storage, self.durable = storage, durable
+        self.began: float | None = None
+        self.failure: JournalError | None = None
+
+    def __enter__(self) -> None:
+        """Take the lock, and join the transaction that this thread has open, if there is one."""
+        storage = self._storage
+        storage._lock.acquire()
+        self._outer = storage._transaction
+        if self._outer is None:
+            storage._transaction = self
+        elif self._outer.durable < self.durable:
+            storage._lock.release()
             raise AssertionError("A durable transaction cannot be part of one that is not.")
-        changes = connection.total_changes
+        self._changes = storage._count_changes()
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        """Commit, unless something failed or this is only a part."""
+        storage, outer = self._storage, self._outer
         try:
-            yield
-        except BaseException:
-            if connection.total_changes != changes:  # half of it must not be committed
-                self.failure = self.failure or JournalError("A part of the transaction failed.")
-            raise
+            if outer is None:
+                storage._end(self, commit=exc is None)
+            elif exc and storage._count_changes() != self._changes:
+                # Half of it must not be committed.
+                outer.failure = outer.failure or JournalError("A part of the transaction failed.")
+        finally:
+            storage._lock.release()
 
 
 def _connect(database: str) -> sqlite3.Connection:

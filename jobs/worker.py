@@ -71,7 +71,9 @@ OOM_POINTS = 500
 #: What to write in place of a type, or of one that is based on it. The first that fits counts.
 HINTS: Mapping[str, str] = {
     "bool(...)": "numpy.bool numpy.bool_",
-    ".tolist()": "numpy.generic numpy.ndarray pandas.Series pandas.Index",
+    ".item()": "numpy.generic",
+    ".tolist()": "numpy.ndarray pandas.Index",
+    ".to_dict()": "pandas.Series",
     '.to_dict("records")': "pandas.DataFrame",
     "None": "pandas.NaTType pandas.NAType",
     ".isoformat()": "datetime.date datetime.time",
@@ -79,8 +81,11 @@ HINTS: Mapping[str, str] = {
     ".decode(), or base64": "bytes bytearray",
     "sorted(...) or list(...)": "set frozenset",
     "list(...)": "generator range map filter zip dict_keys dict_values",
-    "str(...)": "object",
+    "str(...)": "numpy.datetime64 numpy.timedelta64 object",
 }
+
+#: How ANALYSIS is written.
+FORM = "expected package.module:function, with dots in place of slashes and without .py"
 
 #: Packages whose name is not that of the module that they bring.
 PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
@@ -228,6 +233,8 @@ def _faults_of_keys(path: str, value: Mapping[Any, Any]) -> Iterator[str]:
     names: dict[str, Any] = {}
     for key in value:
         yield from _faults_of_scalar(f"the key {_shown(key)} of {path}", key)
+        if not isinstance(key, str) and path.startswith("keep"):
+            yield f"the key {_shown(key)} of {path} would come back as a string: use str(...)"
         first = names.setdefault(key if isinstance(key, str) else json.dumps(key), key)
         if first is not key:
             both = f"{_shown(first)} and {_shown(key)}"
@@ -263,12 +270,13 @@ def load(name: str) -> Callable[[Any, Job], Any]:
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in f"{module_name}.{attribute}".split(".")):
-        raise LoadError("expected package.module:function")
+        raise LoadError(FORM)
     module = _import(module_name)
     try:
         function = reduce(getattr, attribute.split("."), module)
     except AttributeError:
-        raise LoadError(f"the module {module_name!r} has no {attribute!r}") from None
+        where = getattr(module, "__file__", None) or "no file"
+        raise LoadError(f"the module {module_name!r} ({where}) has no {attribute!r}") from None
     if not callable(function):
         raise LoadError(f"{attribute!r} is not a function but of type {type(function).__name__}")
     return _with_job(function, attribute)
@@ -280,6 +288,8 @@ def _import(module_name: str) -> Any:
     except BaseException as exc:  # whatever the user's code raises, sys.exit() too
         missing = exc.name if isinstance(exc, ModuleNotFoundError) and exc.name else ""
         if missing and f"{module_name}.".startswith(f"{missing}."):
+            if module_name.endswith(".py"):
+                raise LoadError(FORM) from None
             where = f"looked in {Path.cwd()} and in PYTHONPATH"
             raise LoadError(f"there is no module {module_name!r} ({where})") from None
         if not missing or "." in missing:
@@ -361,7 +371,8 @@ def analyze_on_dask(
 
     def report(fraction: float | None, note: str, kept: str | None) -> None:
         if kept is not None:
-            raise RuntimeError("EXECUTOR=dask cannot keep values: job.progress(keep=...) fails")
+            remedy = "leave out keep, or use EXECUTOR=process"
+            raise RuntimeError(f"EXECUTOR=dask cannot keep values: {remedy}")
         tell(topic, (facts["id"], fraction, note))
 
     report(None, "", None)  # it starts

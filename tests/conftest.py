@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import Gate, InProcess, Mailbox, RealProcess, environment
+from tests.harness import Gate, InProcess, Mailbox, RealProcess, environment, executed
 from tests.receiver import Receiver
 
 #: The analysis does what the data says, and failed attempts are repeated soon.
@@ -55,7 +55,7 @@ def shared(mailboxes, tmp_path_factory):
     def shared(executor: str) -> RealProcess:
         if executor not in started or started[executor].process_.poll() is not None:
             folder = tmp_path_factory.mktemp(executor)
-            settings = {"JOURNAL": str(folder / "journal.db"), "EXECUTOR": executor, "WORKERS": "2"}
+            settings = {"JOURNAL": str(folder / "journal.db"), **executed(executor, workers=2)}
             settings |= {**ACT, "POSTBACK_ALLOW": mailboxes[0].origin}
             started[executor] = RealProcess(settings)
         return started[executor]

@@ -45,6 +45,12 @@ def environment(settings: Mapping[str, str]) -> dict[str, str]:
     return {**own, "PORT": "0", "DRAIN": "5s", **settings}
 
 
+def executed(executor: str, *, workers: int) -> dict[str, str]:
+    """Return the settings of an executor. WORKERS is refused where it does not count."""
+    only = {"WORKERS": str(workers)} if executor == "process" else {}
+    return {"EXECUTOR": executor, **only}
+
+
 def free_port() -> int:
     """Return a port at which nobody listens now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -137,14 +143,13 @@ class InProcess(Caller):
 @contextlib.contextmanager
 def failing(journal: Journal) -> Iterator[None]:
     """Have SQLite refuse every write, as on a full disk; reading goes on."""
-    storage = journal._storage
-    with storage._lock:
-        storage._connection.execute("PRAGMA query_only = ON")
+    with journal._lock:
+        journal._connection.execute("PRAGMA query_only = ON")
     try:
         yield
     finally:
-        with storage._lock:
-            storage._connection.execute("PRAGMA query_only = OFF")
+        with journal._lock:
+            journal._connection.execute("PRAGMA query_only = OFF")
 
 
 class RealProcess(Caller):

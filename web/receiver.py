@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import bottle
 
@@ -26,7 +26,7 @@ import config
 from jobs import errors, model
 from jobs.journal import Journal
 from web import intake, logs, signatures
-from web.server import Application, Server
+from web.server import Application, Server, json_answer
 
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
@@ -60,8 +60,8 @@ class Receiver:
     max_body_bytes: int
     show: Callable[[str], None] = lambda _: None
 
-    def receive(self) -> dict[str, str]:
-        """Answer POST /postprocessed: verify and store. The commit and the answer follow."""
+    def receive(self) -> None:
+        """Answer POST /postprocessed: verify. Storing is left to the transaction of the turn."""
         environ, now = bottle.request.environ, model.utc_now()
         body = intake.read_body(environ, max_bytes=self.max_body_bytes)
         headers = {name: bottle.request.headers.raw(name, "") for name in signatures.HEADERS}
@@ -69,15 +69,19 @@ class Receiver:
             signatures.verify(self.secrets, headers, body, now=now)
         _check_event(body)
         webhook_id = headers["webhook-id"] or hashlib.sha256(body).hexdigest()
-        signature = "good" if self.secrets else "none"
-        if not self.journal.receive(
-            webhook_id=webhook_id, received_at=now, signature=signature, body=body
-        ):
-            return {"status": "duplicate"}
-        # As ASCII, so that it cannot steer a terminal.
-        shown = ascii(f"{webhook_id} {body[:MAX_SHOWN].decode(errors='replace')}")[1:-1]
-        environ["postback.after"].append(lambda: self.show(f"postback received {shown}"))
-        return {"status": "received"}
+
+        def write() -> bottle.HTTPResponse:
+            signature = "good" if self.secrets else "none"
+            if not self.journal.receive(
+                webhook_id=webhook_id, received_at=now, signature=signature, body=body
+            ):
+                return json_answer({"status": "duplicate"})
+            # As ASCII, so that it cannot steer a terminal.
+            shown = ascii(f"{webhook_id} {body[:MAX_SHOWN].decode(errors='replace')}")[1:-1]
+            environ["postback.after"].append(lambda: self.show(f"postback received {shown}"))
+            return json_answer({"status": "received"})
+
+        environ["postback.write"] = write
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
         """Answer GET /postprocessed: what was received, newest first."""
@@ -131,7 +135,13 @@ def _application(host: str, journal: Journal, settings: config.Config) -> Applic
     application = Application(tokens, frozenset() if is_local and not tokens else None)
     application.serve("POST", "/postprocessed", receiver.receive, open_to_all=True)
     application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
+    application.error(404)(_refuse_path)
     return application
+
+
+def _refuse_path(_: bottle.HTTPError) -> NoReturn:
+    detail = "There is nothing at this path. Postbacks are received at /postprocessed."
+    raise errors.Refusal(404, "Not found", detail)
 
 
 def _prune(journal: Journal, settings: config.Config) -> None:

@@ -18,8 +18,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,11 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """Begin to answer.
 
         Args:
-            application: Its handlers may append to `environ["postback.after"]` what is called once
-                the answer was sent.
-            turn: A transaction. The short requests of a turn are answered inside it. If it fails,
-                these answers become a 503, and what they appended is not called.
+            application: A handler that has checked a request may set `environ["postback.write"]`.
+                That is called inside a transaction, and returns the answer. What is appended to
+                `environ["postback.after"]` is called once the answer was sent.
+            turn: A transaction for the short requests of a turn. If it fails, the answers of those
+                that write become a 503, and what they appended is not called.
             on_answer: Is called with each answer that was sent.
         """
         self.application, self._turn, self.on_answer = application, turn, on_answer
@@ -230,21 +231,20 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _answer_short(self) -> None:
         """Answer short requests in one transaction. Send the answers after its commit."""
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
-        refusal: errors.Refusal | None = None
+        for task in batch:
+            task.ask()
+        writing = [task for task in batch if task.writes]
         try:
-            with self._turn():
-                for task in batch:
-                    task.ask()
+            if writing:
+                with self._turn():
+                    for task in writing:
+                        task.store()
         except errors.JournalError as exc:  # logged where it was found
-            refusal = exc
+            _refuse_all(writing, exc)
         except Exception:
             log.exception("requests not answered")
-            refusal = errors.JournalError(_DETAILS[500])
+            _refuse_all(writing, errors.JournalError(_DETAILS[500]))
         for task in batch:
-            if refusal and task.request.command == "POST":
-                task.refuse(refusal)
-            elif refusal:  # GET /livez, which promises nothing
-                task.ask()
             HTTPChannel.service(task.channel)
         for task in batch:
             task.follow_up()
@@ -288,7 +288,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """One request: `ask` the application, send its answer by `service`, and `follow_up`."""
+    """One request: `ask` the application, `store`, send the answer by `service`, `follow_up`."""
 
     _after: Iterable[Callable[[], None]] = ()
     _reason: str | None = None
@@ -305,12 +305,27 @@ class _Task(WSGITask):  # type: ignore[misc]
             return
         environ, start = self.get_environment(), list[Any]()
         environ["postback.after"] = self._after = []
-        try:
+        with self._refusing():
             body = self.channel.server.application(environ, lambda *args: start.extend(args))
             self._body = b"".join(body)
             if hasattr(body, "close"):  # a file
                 body.close()
             self.status, self.response_headers = start[:2]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the answer is made by a write."""
+        return not self._reason and "postback.write" in (self.environ or {})
+
+    def store(self) -> None:
+        """Do what the handler left for a transaction. Nothing is sent yet."""
+        with self._refusing():
+            self._answer(self.environ["postback.write"]())
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
         except errors.Refusal as exc:
             self.refuse(exc)
         except Exception:
@@ -319,10 +334,12 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     def refuse(self, refusal: errors.Refusal) -> None:
         """Answer with a problem document. What was to follow another answer does not."""
-        problem = _problem(refusal)
-        self.status, self.response_headers = problem.status_line, problem.headerlist
-        self._body = problem.body.encode()
+        self._answer(_problem(refusal))
         self._after, self._reason = (), refusal.title
+
+    def _answer(self, answer: bottle.HTTPResponse) -> None:
+        self.status, self.response_headers = answer.status_line, answer.headerlist
+        self._body = answer.body.encode()
 
     def execute(self) -> None:
         """Send the answer."""
@@ -379,6 +396,8 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         """Answer the next request, in a thread. A job is accepted even if its caller has gone."""
         task = self.requests[0].task
         task.ask()
+        if task.writes:
+            task.store()
         super().service()
         task.follow_up()
 
@@ -446,11 +465,23 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
         """Do nothing: waitress calls it after an error."""
 
 
+def json_answer(fields: Mapping[str, Any], status_code: int = 200) -> bottle.HTTPResponse:
+    """Return an answer in JSON."""
+    answer = bottle.HTTPResponse(json.dumps(fields), status_code)
+    answer.content_type = "application/json"
+    return answer
+
+
+def _refuse_all(tasks: Iterable[_Task], refusal: errors.Refusal) -> None:
+    for task in tasks:
+        task.refuse(refusal)
+
+
 def _problem(refusal: errors.Refusal) -> bottle.HTTPResponse:
     """Return the document of a refusal, with the headers that belong to it."""
     code = refusal.status_code
     fields = {"type": "about:blank", "title": HTTPStatus(code).phrase, "status": code}
-    problem = bottle.HTTPResponse(json.dumps({**fields, "detail": refusal.detail}), code)
+    problem = json_answer({**fields, "detail": refusal.detail}, code)
     problem.content_type = "application/problem+json"
     if refusal.retry_after_seconds is not None:
         problem.set_header("Retry-After", refusal.retry_after_seconds)

@@ -25,6 +25,10 @@ TOLERANCE_SECONDS = 300
 HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
 
 _PREFIX = "whsec_"
+_MAKE = (
+    "python3 -c 'import base64, secrets; "
+    'print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())\''
+)
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
@@ -40,7 +44,8 @@ def read_secrets(text: str) -> tuple[str, ...]:
     except ValueError:
         is_fit = False
     if not is_fit or (text and not secrets):
-        raise ValueError("expected whsec_ followed by the base64 of 24 to 64 random bytes")
+        expected = "expected whsec_ followed by the base64 of 24 to 64 random bytes"
+        raise ValueError(f"{expected}. To make one: {_MAKE}")
     return secrets
 
 

@@ -292,5 +292,5 @@ def test_a_job_that_has_not_ended_is_not_deleted(service, gate):
 
     answer = service.request("DELETE", f"/jobs/{job_id}")
 
-    assert "running" in refusal(answer, 409)
+    assert "is running, so it cannot be deleted. Cancel it, and wait" in refusal(answer, 409)
     assert service.job(job_id)["data"] == gate.data

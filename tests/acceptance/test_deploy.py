@@ -255,7 +255,7 @@ def context(tmp_path: Path) -> Path:
     folder = tmp_path / "context"
     ignored = shutil.ignore_patterns(".*", "tests", "bench", "docs", "*.db*", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    (folder / "prices.py").write_text("def analyze(data):\n    return {'price': data}\n")
+    (folder / "prices.py").write_text("def total(data):\n    return {'price': data}\n")
     return folder
 
 
@@ -275,7 +275,7 @@ def test_the_image_takes_the_packages_of_the_user_if_there_are_any(context, tmp_
 
 def test_the_image_runs_the_users_analysis_is_healthy_and_stops_in_order(context, tmp_path):
     image, port = Image(context, tmp_path), str(free_port())
-    settings = {"ANALYSIS": "prices:analyze", "JOURNAL": f"{tmp_path}/journal.db", "PORT": port}
+    settings = {"ANALYSIS": "prices:total", "JOURNAL": f"{tmp_path}/journal.db", "PORT": port}
     env = image.environment | settings
     command = [shutil.which("tini") or "env", *json.loads(instruction("ENTRYPOINT"))[1:]]
     command += json.loads(instruction("CMD"))

@@ -266,6 +266,31 @@ def test_each_curl_command_is_answered(service, tmp_path, command):
     assert isinstance(json.loads(ran.stdout), dict)
 
 
+@pytest.mark.service
+def test_the_signed_event_of_the_guide_is_received(tmp_path):
+    [snippet] = [one for one in blocks(GUIDE, "sh") if one.startswith("url=http://127.0.0.1:8081/")]
+    start = f"exec {sys.executable} -m web.receiver --port 0 --journal {tmp_path}/received.db"
+
+    with shell(start, POSTBACK_SECRET=SECRET) as receiver:
+        address = receiver.stdout.readline().split("/")[2]
+        sent, lost = (
+            subprocess.run(
+                ["sh", "-c", text.replace("127.0.0.1:8081", address)],
+                env={**os.environ, "no_proxy": "*"},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for text in (snippet, snippet.replace("/postprocessed", "/results", 1))
+        )
+        receiver.send_signal(signal.SIGTERM)
+
+    assert f"POSTBACK_SECRET={SECRET} ./run receiver\n" in blocks(GUIDE, "sh")
+    assert sent.endswith('{"status": "received"}')
+    assert "404 Not Found" in lost
+    assert "Postbacks are received at /postprocessed." in lost
+
+
 def test_the_printed_secrets_are_right():
     [command] = commands("python3")
     python = command.replace("python3", sys.executable, 1)
@@ -274,5 +299,7 @@ def test_the_printed_secrets_are_right():
     [origin] = re.findall(r"./run secret (\S+)", "".join(blocks(GUIDE, "sh")))
 
     assert len(signatures.read_secrets(printed.stdout)) == 1
+    with pytest.raises(ValueError, match=re.escape(f". To make one: {command}")):
+        signatures.read_secrets("changeme")
     derived = signatures.secret_for(SECRET, outbound.parts(origin).origin)
     assert f"\n{derived}\n" in GUIDE

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from jobs import worker
 from tests.harness import ROOT
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -49,6 +50,14 @@ def test_the_weather_is_summarized_by_the_service(start_process, receiver):
     result = json.loads(postback.body)["data"]["result"]
     assert (result["warmest"], result["wettest"]) == ("2015-07", "2015-12")
     assert [month["days"] for month in result["months"].values()][:3] == [31, 28, 31]
+
+
+def test_the_error_of_the_guide_is_that_of_a_number_of_numpy():
+    numpy = pytest.importorskip("numpy", reason="pip install -r requirements-dev.txt")
+    with pytest.raises(worker.NotJSONError) as caught:
+        worker.encode({"days": numpy.int64(31)})
+
+    assert f"`{caught.value}`" in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def test_months_that_were_kept_are_not_computed_again(weather):

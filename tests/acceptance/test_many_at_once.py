@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.harness import act, events
+from tests.harness import act, events, executed
 
 
 def seconds_to_answer(service, data) -> tuple[str, float]:
@@ -37,7 +37,7 @@ def test_jobs_that_run_at_once_are_answered_at_once_and_posted_once(
 @pytest.mark.soak
 @pytest.mark.parametrize("executor", ["thread", "process"])
 def test_answers_stay_fast_while_analyses_compute(start_process, executor):
-    service = start_process(EXECUTOR=executor, WORKERS="4")
+    service = start_process(**executed(executor, workers=4))
     computing = [service.send(act("compute", 4)) for _ in range(4)]
     service.wait_for(computing[-1], "running")
 

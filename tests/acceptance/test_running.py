@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.harness import act, events, poll, refusal
+from tests.harness import act, events, executed, poll, refusal
 
 EXECUTORS = pytest.mark.parametrize("executor", ["thread", "process"])
 
@@ -143,7 +143,8 @@ def test_of_1500_jobs_20_fork_and_none_is_lost(start_process, receiver, executor
 
 @EXECUTORS
 def test_jobs_that_hang_time_out_and_free_their_places(start_process, tmp_path, executor):
-    service = start_process(EXECUTOR=executor, WORKERS="2", MAX_RUNNING="2", JOB_TIMEOUT="500ms")
+    settings = {**executed(executor, workers=2), "MAX_RUNNING": "2", "JOB_TIMEOUT": "500ms"}
+    service = start_process(**settings)
     hung = [service.send(act("hang", str(tmp_path / "hung"))) for _ in range(4)]
     after = service.send(1)
 

@@ -252,7 +252,7 @@ def survivors(files: dict[int, bytes], directory: Path, *, used: bool) -> set[st
     journal = Journal(directory / "journal.db", on_lost=lambda: None)
     try:
         journal.open()
-        rows = journal._storage.read("SELECT id FROM jobs JOIN payloads USING (seq)")
+        rows = journal._read("SELECT id FROM jobs JOIN payloads USING (seq)")
         return {row["id"] for row in rows}
     except errors.ConfigError:
         return None

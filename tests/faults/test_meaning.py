@@ -11,7 +11,17 @@ from tests import wire
 from tests.cluster import Cluster
 from tests.conftest import ACT
 from tests.faults.world import EXECUTORS, here, serves
-from tests.harness import ROOT, Caller, RealProcess, act, environment, free_port, poll, refusal
+from tests.harness import (
+    ROOT,
+    Caller,
+    RealProcess,
+    act,
+    environment,
+    executed,
+    free_port,
+    poll,
+    refusal,
+)
 from tests.receiver import Receiver
 
 MISBEHAVING = "tests.faults.misbehaving:act"
@@ -108,7 +118,7 @@ MEDDLING = [
 def test_i07_d18_who_meddles_with_the_process_hurts_nobody_else(
     start_process, tmp_path, executor, closed
 ):
-    settings = {"ANALYSIS": MISBEHAVING, "EXECUTOR": executor, "WORKERS": "1"}
+    settings = {"ANALYSIS": MISBEHAVING, **executed(executor, workers=1)}
     journal = {"JOURNAL": str(tmp_path / "journal.db")}
 
     with contextlib.ExitStack() as stack:
@@ -124,7 +134,7 @@ def test_i07_d18_who_meddles_with_the_process_hurts_nobody_else(
 def test_i09_who_keeps_the_interpreter_of_a_worker_holds_up_no_answer(
     start_process, tmp_path, executor
 ):
-    service = start_process(ANALYSIS=MISBEHAVING, EXECUTOR=executor, WORKERS="1")
+    service = start_process(ANALYSIS=MISBEHAVING, **executed(executor, workers=1))
     mark = tmp_path / "held"
     held = service.send(act("hold", [str(mark), 4]))
     poll(mark.exists, "an analysis that keeps the interpreter")
@@ -140,7 +150,7 @@ def test_i09_who_keeps_the_interpreter_of_a_worker_holds_up_no_answer(
 def test_i11_a_child_that_outlives_its_analysis_keeps_no_connection_and_no_stop(
     start_process, executor
 ):
-    service = start_process(ANALYSIS=MISBEHAVING, EXECUTOR=executor, WORKERS="1")
+    service = start_process(ANALYSIS=MISBEHAVING, **executed(executor, workers=1))
     with wire.connected(service) as (conn, stream):
         service.wait_for(service.send(act("leave_behind")))
 

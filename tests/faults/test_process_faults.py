@@ -27,7 +27,7 @@ from jobs import model, runner
 from jobs.journal import Journal
 from tests.conftest import ACT
 from tests.faults.world import EXECUTORS, serves
-from tests.harness import ROOT, RealProcess, act, environment, free_port, poll
+from tests.harness import ROOT, RealProcess, act, environment, executed, free_port, poll
 from tests.receiver import Receiver
 from tests.soak import kills
 
@@ -98,7 +98,7 @@ def test_g12_sigquit_ends_it_as_it_ends_any_process(start_process):
 @EXECUTORS
 def test_g13_a_stopped_process_goes_on_where_it_was(start_process, receiver, gate, executor):
     receiver.answers = [503]
-    settings = {"EXECUTOR": executor, "WORKERS": "1", "POSTBACK_SCHEDULE": "300ms"}
+    settings = {**executed(executor, workers=1), "POSTBACK_SCHEDULE": "300ms"}
     service = start_process(**settings, POSTBACK_URL=receiver.url, MAX_RUNNING="1")
     sent = [service.send(gate.data) for _ in range(2)]
     gate.wait_for(1)

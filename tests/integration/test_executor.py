@@ -308,7 +308,7 @@ def test_close_ends_everything_at_once(one, tmp_path):
 
     one.close()
 
-    assert [call.wait() for call in calls] == [model.Again()] * 2
+    assert {type(call.wait()) for call in calls} == {model.Again}
 
 
 # Stopped jobs

@@ -21,7 +21,7 @@ from waitress import wasyncore
 from jobs import errors
 from tests.wire import answer, chunked, connected, exchange, get, post
 from web import intake, server
-from web.server import Application, Server
+from web.server import Application, Server, json_answer
 
 MAX_BODY = 100_000
 LIVEZ = get("/livez")
@@ -91,8 +91,9 @@ def serve():
 
 def accept():
     """Do what a handler of POST /process does first."""
-    intake.read_payload(bottle.request.environ, max_bytes=MAX_BODY)
-    return {"state": "accepted"}
+    environ = bottle.request.environ
+    intake.read_payload(environ, max_bytes=MAX_BODY)
+    environ["postback.write"] = lambda: json_answer({"state": "accepted"})
 
 
 @pytest.fixture
@@ -305,7 +306,10 @@ def gone(service):
 
 
 def named():
-    return {"thread": threading.current_thread().name}
+    def write():
+        return json_answer({"thread": threading.current_thread().name})
+
+    bottle.request.environ["postback.write"] = write
 
 
 @pytest.mark.parametrize(
@@ -366,8 +370,9 @@ def test_a_failed_commit_makes_a_503_of_every_promise(serve, caplog, failure, lo
     after = []
 
     def handler():
-        bottle.request.environ["postback.after"].append(lambda: after.append(1))
-        return {"a": 1}
+        environ = bottle.request.environ
+        environ["postback.after"].append(lambda: after.append(1))
+        environ["postback.write"] = lambda: json_answer({"a": 1})
 
     service = serve({"/process": handler})
     service.turn.failure = failure

@@ -29,10 +29,10 @@ class Notes(Storage):
 
     def note(self, text: str, *, durable: bool = True) -> None:
         with self.transaction(durable=durable):
-            self.write("INSERT INTO notes VALUES (:text)", text=text)
+            self._write("INSERT INTO notes VALUES (:text)", text=text)
 
     def notes(self) -> list[str]:
-        return [row["text"] for row in self.read("SELECT text FROM notes ORDER BY rowid")]
+        return [row["text"] for row in self._read("SELECT text FROM notes ORDER BY rowid")]
 
 
 class Faulty(sqlite3.Connection):
@@ -268,7 +268,7 @@ def test_what_is_written_inside_of_a_transaction_is_committed_with_it(opened):
     with opened.transaction(durable=True):
         opened.note("a")
         opened.note("b", durable=False)
-        seen = [row["text"] for row in opened.fetch("SELECT text FROM notes")]
+        seen = [row["text"] for row in opened._fetch("SELECT text FROM notes")]
         others = opened.notes()
 
     assert (seen, others, opened.notes()) == (["a", "b"], [], ["a", "b"])
@@ -306,7 +306,7 @@ def test_what_must_be_durable_is_no_part_of_what_is_not(opened):
 
 def test_a_full_disk_refuses_all_of_a_transaction_and_recovers(opened, caplog):
     opened.note("a")
-    pages = opened.read("PRAGMA page_count")[0][0]
+    pages = opened._read("PRAGMA page_count")[0][0]
     opened._connection.execute(f"PRAGMA max_page_count = {pages}")
 
     def fill() -> None:

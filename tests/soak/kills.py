@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import model
-from tests.harness import ROOT, environment
+from tests.harness import ROOT, environment, executed
 
 #: Connections that send jobs, each the next as soon as the last is answered.
 CALLERS = 12
@@ -44,7 +44,6 @@ PATIENCE_SECONDS = 60.0
 
 SETTINGS = {
     "ANALYSIS": "tests.faults.misbehaving:work",
-    "WORKERS": "2",
     "POSTBACK_SCHEDULE": " ".join(["200ms"] * 20),
     "RETENTION": "20s",  # pruning goes on beside all this
     "LOG_LEVEL": "error",
@@ -183,7 +182,7 @@ class Soak:
 
     async def _live(self) -> None:
         """Start the service, kill some of its workers, and then itself, at some moments."""
-        await self._start(EXECUTOR=self._chance.choice(("thread", "process")))
+        await self._start(**executed(self._chance.choice(("thread", "process")), workers=2))
         if self._chance.randrange(100) < WHILE_STARTING:
             await asyncio.sleep(self._chance.uniform(0.0, 0.8))
             self.ledger.counts["kills_while_starting"] += 1

@@ -18,7 +18,16 @@ ORDER = [
     *("processing", "jobs.errors", "jobs.model", "jobs.worker"),
     *("web.intake", "web.outbound", "web.signatures", "postback", "config"),
     *("jobs.storage", "jobs.journal", "jobs.executor", "jobs.dask_executor"),
-    *("web.logs", "web.metrics", "jobs.runner", "web.server", "web.receiver", "web.demo", "app"),
+    *(
+        "web.logs",
+        "web.metrics",
+        "jobs.writer",
+        "jobs.runner",
+        "web.server",
+        "web.receiver",
+        "web.demo",
+        "app",
+    ),
 ]
 
 #: Who may import what. Whoever else needs it asks the owner for a function.
@@ -205,7 +214,7 @@ def test_sql_is_in_the_journal_alone():
 # Size, in lines of code: what there is now, so that it does not grow unseen. The aims are 450 for a
 # module, 2,900 for the product and 1,350 for the core.
 
-MAX_MODULE, MAX_PRODUCT, MAX_CORE = 510, 4100, 1550
+MAX_MODULE, MAX_PRODUCT, MAX_CORE = 510, 4200, 1525
 
 
 @pytest.mark.parametrize("module", SOURCES)

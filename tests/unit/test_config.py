@@ -33,7 +33,6 @@ GOOD = [
     ("ANALYSIS", "shop.prices:run", "shop.prices:run"),
     ("ANALYSIS_SCHEDULE", "10s 1m 10m", (10.0, 60.0, 600.0)),
     ("EXECUTOR", "Process", "process"),
-    ("WORKERS", "64", 64),
     ("DASK_SCHEDULER", "tcp://127.0.0.1:8786", "tcp://127.0.0.1:8786"),
     ("DASK_SCHEDULER", "tls://dask-scheduler.internal:8786", "tls://dask-scheduler.internal:8786"),
     ("DASK_SCHEDULER", "tcp://[::1]:8786", "tcp://[::1]:8786"),
@@ -80,7 +79,8 @@ BAD = [
     ("API_TOKEN", "é", "tokens of printable ASCII"),
     ("API_TOKEN", " ", "tokens of printable ASCII"),
     ("ANALYSIS", "a b", "without spaces"),
-    ("ANALYSIS_SCHEDULE", "10", "a duration such as 15s"),
+    ("ANALYSIS_SCHEDULE", "10", "durations separated by spaces, such as 2s 10s 1m, or none"),
+    ("ANALYSIS_SCHEDULE", "10s,1m", "durations separated by spaces"),
     ("EXECUTOR", "celery", "one of thread, process, dask"),
     ("WORKERS", "0", "a whole number from 1"),
     ("DASK_SCHEDULER", "127.0.0.1:8786", "tcp://"),
@@ -120,9 +120,9 @@ BAD = [
     ("POSTBACK_CA_BUNDLE", __file__, "certificates in PEM format"),
     ("POSTBACK_CA_BUNDLE", "/", "certificates in PEM format"),
     ("POSTBACK_TIMEOUT", "fast", "a duration"),
-    ("POSTBACK_SCHEDULE", "1s,2s", "a duration"),
-    ("POSTBACK_SCHEDULE", "1s none", "a duration"),
-    ("POSTBACK_SCHEDULE", " ", "durations such as"),
+    ("POSTBACK_SCHEDULE", "1s,2s", "durations separated by spaces"),
+    ("POSTBACK_SCHEDULE", "1s none", "durations separated by spaces"),
+    ("POSTBACK_SCHEDULE", " ", "durations separated by spaces"),
     ("POSTBACK_MAX_BYTES", "-1", "a size"),
     ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
     ("LOG_FORMAT", "xml", "one of text, json"),
@@ -201,7 +201,25 @@ def test_a_wrong_variable_is_refused_in_one_line_that_says_what_is_right(
 
 
 def test_every_variable_is_tried():
-    assert {name for name, *_ in GOOD} == set(VARIABLES)
+    assert {name for name, *_ in GOOD} == set(VARIABLES) - {"WORKERS"}
+
+
+def test_workers_are_read_for_the_executor_that_has_them(monkeypatch):
+    monkeypatch.setenv("WORKERS", "64")
+    monkeypatch.setenv("EXECUTOR", "process")
+
+    assert config.load().workers == 64
+
+
+@pytest.mark.parametrize("executor", ["", "thread", "dask"])
+def test_workers_are_refused_for_another_executor(monkeypatch, executor):
+    monkeypatch.setenv("WORKERS", "4")
+    monkeypatch.setenv("EXECUTOR", executor)
+    monkeypatch.setenv("DASK_SCHEDULER", "tcp://127.0.0.1:8786")
+
+    assert problems() == (
+        "WORKERS: only EXECUTOR=process takes it. Set that, or leave out WORKERS.",
+    )
 
 
 @pytest.mark.parametrize("name", [*VARIABLES, *(f"{name}_FILE" for name in SECRETS)])

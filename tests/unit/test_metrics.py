@@ -1,6 +1,6 @@
 """What is counted, and where: Prometheus text, and the last hour for the page."""
 
-import dataclasses
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -57,7 +57,7 @@ def of(metrics, name, **labels):
 
 
 def attempt(**fields):
-    return dataclasses.replace(ATTEMPT, **fields)
+    return replace(ATTEMPT, **fields)
 
 
 def test_jobs_retries_and_commits_are_counted(metrics):
@@ -83,7 +83,10 @@ def test_every_outcome_and_end_is_there_before_it_happens(metrics):
 def test_an_analysis_counts_with_its_times(metrics, started, finished, expected):
     started_at = None if started is None else NOW + timedelta(seconds=started)
 
-    metrics.ended_analysis(JOB, Outcome.FAILED, started_at, NOW + timedelta(seconds=finished))
+    finished_at = NOW + timedelta(seconds=finished)
+    ending = model.without_result(Outcome.FAILED, "ValueError", "no")
+
+    metrics.ended_analysis(JOB, replace(ending, started_at=started_at, finished_at=finished_at))
 
     assert of(metrics, "postback_jobs_finished_total", outcome="failed") == 1
     names = ("waiting_seconds_sum", "running_seconds_sum", "running_seconds_count")
@@ -108,7 +111,7 @@ def test_a_delivery_is_timed_from_the_answer_unless_it_was_resent(
 ):
     clock.now += timedelta(seconds=7)
 
-    metrics.attempted(dataclasses.replace(JOB, resent_after=resent_after), ATTEMPT, State.DELIVERED)
+    metrics.attempted(replace(JOB, resent_after=resent_after), ATTEMPT, State.DELIVERED)
 
     assert of(metrics, "postback_jobs_ended_total", state="delivered") == 1
     assert of(metrics, "postback_delivery_seconds_sum") == 7 * count

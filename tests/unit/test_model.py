@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
@@ -40,8 +40,7 @@ def test_ids_are_32_hexadecimal_digits_that_sort_by_age_and_differ():
     assert [one[:12] for one in sorted(ids)] == [one[:12] for one in ids]
 
 
-ZONES = st.sampled_from([UTC, timezone(timedelta(hours=-9))])
-INSTANTS = st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 1), timezones=ZONES)  # noqa: DTZ001
+INSTANTS = st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 1), timezones=st.just(UTC))  # noqa: DTZ001
 
 
 @settings(deadline=None, max_examples=50)

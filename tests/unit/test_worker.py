@@ -1,5 +1,6 @@
 """The parts of a worker that need no process: the loader, the job object, and strict JSON."""
 
+import calendar
 import dataclasses
 import datetime as dt
 import decimal
@@ -77,7 +78,9 @@ def test_what_is_not_json_is_named_by_its_path(value, fault):
         (pathlib.Path(), "str(...)"),
         (dt.datetime(2026, 1, 2, tzinfo=dt.UTC), ".isoformat()"),
         (imitation("numpy.bool"), "bool(...)"),
+        (imitation("numpy.generic"), ".item()"),
         (imitation("numpy.ndarray"), ".tolist()"),
+        (imitation("pandas.Series"), ".to_dict()"),
         (imitation("pandas.DataFrame"), '.to_dict("records")'),
         (imitation("pandas.NAType"), "None"),
     ],
@@ -144,6 +147,8 @@ def test_reports_that_follow_too_soon_are_dropped_but_none_that_keeps(job, told)
         (float("nan"), 1, "fraction must be a number from 0 to 1, but it is nan"),
         (2, 1, "but it is 2"),
         (0.5, [{1}], "keep[0] is a set: use sorted(...) or list(...)"),
+        (0.5, {1: 2}, "the key 1 of keep would come back as a string: use str(...)"),
+        (0.5, [{"a": {None: 2}}], 'the key None of keep[0]["a"] would come back as a string'),
         (0.5, float("inf"), "keep is inf, which is not JSON: use None"),
         (0.5, "x" * 1024**2, "keep is 1048578 bytes of JSON; at most 1048576"),
     ],
@@ -256,7 +261,7 @@ def test_an_analysis_is_called_as_it_wants_to_be(name, result):
         ("generator", "is a generator: expected a function that returns its result"),
         ("async_generator", "is a generator"),
         ("shapes.number", "'shapes.number' is not a function but of type int"),
-        ("nowhere", f"the module '{__name__}' has no 'nowhere'"),
+        ("nowhere", f"the module '{__name__}' ({__file__}) has no 'nowhere'"),
     ],
 )
 def test_other_shapes_are_refused(name, problem):
@@ -267,11 +272,26 @@ def test_other_shapes_are_refused(name, problem):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "shop", "shop:", ":run", "shop.py:run()", "a:b:c", ".a:b", "a:b\n"]
+    "name",
+    ["", "shop", "shop:", ":run", "shop.py:run()", "a:b:c", ".a:b", "a:b\n", "a/b.py:c"],
 )
 def test_a_malformed_name_is_refused_with_the_right_form(name):
-    with pytest.raises(worker.LoadError, match=r"^expected package\.module:function$"):
+    with pytest.raises(worker.LoadError, match=r"^expected package\.module:function, with dots"):
         worker.load(name)
+
+
+@pytest.mark.parametrize("name", ["json.py:loads", "nowhere.py:run"])
+def test_the_name_of_a_file_is_refused_with_the_right_form(name):
+    with pytest.raises(worker.LoadError, match=r"module:function, .* and without \.py$"):
+        worker.load(name)
+
+
+@pytest.mark.parametrize(("name", "where"), [("calendar", calendar.__file__), ("sys", "no file")])
+def test_a_module_that_may_not_be_the_users_is_named_with_its_file(name, where):
+    with pytest.raises(worker.LoadError) as caught:
+        worker.load(f"{name}:run")
+
+    assert str(caught.value) == f"the module '{name}' ({where}) has no 'run'"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""What EXECUTOR=dask says when its cluster cannot be used; the rest needs a cluster."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from jobs.dask_executor import DaskExecutor
+from tests.harness import poll
+
+pytest.importorskip("distributed", reason="pip install -r requirements-dask.txt")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("It timed out."), "cannot be used: It timed out."),
+        (
+            ModuleNotFoundError("No module named 'pandas'"),
+            "cannot be used: No module named 'pandas'. Install it on each Dask worker.",
+        ),
+    ],
+)
+def test_a_failure_is_whole_sentences_and_says_what_to_install(monkeypatch, error, told):
+    @contextmanager
+    def connection(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(DaskExecutor, "_connection", connection)
+    one = DaskExecutor(
+        analysis="prices:total",
+        scheduler_url="tcp://dask:8786",
+        upload_path=None,
+        log_level="info",
+        on_change=lambda: None,
+    )
+
+    one.start()
+
+    poll(lambda: one.failure() == f"The Dask cluster at tcp://dask:8786 {told}", "the failure")
+    one.close()
