@@ -47,7 +47,6 @@ RETRY_SECONDS = 1.0
 MAX_BEHIND = 16
 PAUSE_FACTOR = 10
 MAX_PAUSE_SECONDS = 0.1
-CATCH_UP_SECONDS = 0.002
 
 #: The scheduler looks at the journal and at idle connections at least once in so many seconds.
 TICK_SECONDS = 1.0
@@ -113,6 +112,7 @@ class Runner:
         self._woken = threading.Event()  # the scheduler has something to do
         self._woken_at = 0.0  # by the monotonic clock
         self._lag_seconds = 0.0  # how long the scheduler had to wait for its turn when last woken
+        self._has_caught_up = threading.Event()  # accepting need not wait any more
         # A job is in `_runs` exactly while somebody works for it; the lock guards all below.
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)  # notified when a job leaves during a drain
@@ -179,9 +179,10 @@ class Runner:
         That is when more than MAX_BEHIND jobs wait for nothing but the processor: they are posted,
         or could start, and the scheduler itself had to wait for its turn.
         """
-        until = time.monotonic() + min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS)
-        while self._count_behind() > MAX_BEHIND and time.monotonic() < until:
-            self._stopped.wait(CATCH_UP_SECONDS)
+        seconds = min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS)
+        if self._count_behind() > MAX_BEHIND:
+            self._has_caught_up.clear()
+            self._has_caught_up.wait(seconds)
 
     def _count_behind(self) -> int:
         with self._lock:
@@ -323,6 +324,8 @@ class Runner:
             self._start_attempts()
         if now >= self._prune_at:
             self._prune()
+        if not self._has_caught_up.is_set() and self._count_behind() <= MAX_BEHIND:
+            self._has_caught_up.set()
 
     def _tick(self) -> None:
         """Look once a second at what nobody tells."""
