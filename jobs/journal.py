@@ -308,13 +308,13 @@ class Journal(Storage):
         Jobs that ended after `now` are left, so that repeated calls come to an end.
         """
         statement = """
-            SELECT id FROM jobs INDEXED BY jobs_undelivered
-             WHERE state = 'undelivered' AND ended_at BETWEEN :since AND :now LIMIT :limit"""
-        with self.transaction(durable=True):
-            rows = self._fetch(statement, since=since, now=now, limit=limit)
-            for row in rows:
-                self.resend(row["id"], now=now)
-        return len(rows)
+            UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
+                            resent_after = attempts
+             WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_undelivered
+                            WHERE state = 'undelivered' AND ended_at BETWEEN :since AND :now
+                            LIMIT :limit)"""
+        with self.transaction():
+            return self._write(statement, since=since, now=now, limit=limit)
 
     # Start, stop and prune
 
@@ -330,9 +330,13 @@ class Journal(Storage):
             self._write("UPDATE service SET analysis = :name", name=name)
             return before
 
-    def probe(self) -> None:
-        """Write something that changes nothing, to see whether the journal can be written."""
-        with self.transaction():
+    def probe(self, *, durable: bool = False) -> None:
+        """Write something that changes nothing, to see whether the journal can be written.
+
+        Args:
+            durable: Whether all that was committed before must survive a power cut from now on.
+        """
+        with self.transaction(durable=durable):
             self._write("UPDATE service SET planned_stop = planned_stop")
 
     def put_back(self) -> None:

@@ -8,7 +8,6 @@ attempts that are due, times out, and prunes. It is the only thread that claims.
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -16,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -219,6 +218,7 @@ class Runner:
             self._look_for_attempts(0.0)
             if self._stopped.wait(BATCH_PAUSE_SECONDS):
                 break
+        self._journal.probe(durable=True)
         return resent
 
     def run_of(self, job_id: str) -> Run | None:
@@ -290,6 +290,8 @@ class Runner:
         while not self._stopped.is_set():
             try:
                 self._schedule_once()
+                if not self._has_caught_up.is_set() and self._count_behind() <= MAX_BEHIND:
+                    self._has_caught_up.set()
                 self._wait()
             except JournalLost:
                 break  # the process is about to end
@@ -324,8 +326,6 @@ class Runner:
             self._start_attempts()
         if now >= self._prune_at:
             self._prune()
-        if not self._has_caught_up.is_set() and self._count_behind() <= MAX_BEHIND:
-            self._has_caught_up.set()
 
     def _tick(self) -> None:
         """Look once a second at what nobody tells."""
@@ -552,15 +552,15 @@ class Runner:
         """Return whether and when an analysis runs again; None when it has ended."""
         if not isinstance(ending, model.Ending):
             return ending
-        if not ending.may_run_again:
+        if ending.outcome is not Outcome.FAILED:
             return None
         error, schedule = ending.error or {}, self._config.analysis_schedule_seconds
         # Never the message, which may contain data.
-        facts = {"type": error.get("type"), "frames": "; ".join(ending.frames)}
+        facts = {"type": error.get("type"), "frames": "; ".join(ending.frames) or None}
         if log.isEnabledFor(logging.DEBUG):
             facts["error"] = error.get("message")
-        log.warning("analysis raised", extra=job.facts | facts)
-        if job.failures >= len(schedule):
+        log.warning("analysis failed", extra=job.facts | facts)
+        if not ending.may_run_again or job.failures >= len(schedule):
             return None
         return model.Again(pause_seconds=schedule[job.failures], error=error)
 
@@ -677,7 +677,7 @@ class Runner:
         """Return an ending with its times, and its event."""
         run = self._runs.get(job.id)
         started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
-        ending = dataclasses.replace(given, started_at=started_at, finished_at=self._clock())
+        ending = replace(given, started_at=started_at, finished_at=self._clock())
         max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
         return ending, model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
 

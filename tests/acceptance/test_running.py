@@ -41,16 +41,18 @@ def test_an_analysis_that_fails_is_posted_back_with_its_error(
     assert "failed" in refusal(service.get(f"/jobs/{job_id}/result"), 409)
 
 
-def test_the_log_says_where_an_analysis_raised_and_never_what(service, mailbox):
-    job_id = service.send(act("fail", "canary-17"), mailbox)
+@pytest.mark.parametrize(
+    ("name", "said"), [("fail", "ValueError frames="), ("nan", "not_serialisable")]
+)
+def test_the_log_says_how_an_analysis_failed_and_never_on_what(service, mailbox, name, said):
+    job_id = service.send(act(name, "canary-17"), mailbox)
     mailbox.wait_for(1)
 
     service.wait_for_log(f"job_id={job_id}")
 
-    (line,) = [one for one in service.log().splitlines() if "raised" in one and job_id in one]
-    assert "WARNING" in line
-    assert "ValueError" in line
-    assert "tests/analyses.py:" in line
+    begin = f"WARNING postback analysis failed job_id={job_id} type={said}"
+    (line,) = [one for one in service.log().splitlines() if begin in one]
+    assert ("tests/analyses.py:" in line) is (name == "fail")
     assert "canary" not in service.log()
 
 
