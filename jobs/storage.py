@@ -355,9 +355,12 @@ class Transaction:
 
 
 def _connect(database: str) -> sqlite3.Connection:
-    uri = database.startswith("file:")
     connection = sqlite3.connect(
-        database, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri
+        database,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=database.startswith("file:"),
     )
     connection.row_factory = sqlite3.Row
     return connection
