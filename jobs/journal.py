@@ -207,7 +207,6 @@ class Journal(Storage):
         event: model.Event,
         *,
         due_at: datetime | None,
-        durable: bool = False,
     ) -> None:
         """Store how a job's analysis ended, and its event: the job is now `delivering`.
 
@@ -216,7 +215,6 @@ class Journal(Storage):
             ending: How and when its analysis ended.
             event: What is posted.
             due_at: When the first attempt is due; None when the caller makes it now.
-            durable: Whether an answer depends on it.
 
         Raises:
             MoveError: It had ended already. Nothing was changed.
@@ -231,7 +229,7 @@ class Journal(Storage):
             SELECT seq, :body, :result_at, :result, :result_key FROM jobs WHERE id = :id"""
         forget = "DELETE FROM kept WHERE seq = (SELECT seq FROM jobs WHERE id = :id)"
         wanted = "canceled" if ending.outcome is model.Outcome.CANCELED else "ended"
-        with self.transaction(durable=durable):
+        with self.transaction():
             self._move(job.id, move, wanted=wanted, due_at=due_at, **_values(ending))
             self._write(store, id=job.id, **_values(event))
             self._write(forget, id=job.id)
@@ -255,7 +253,7 @@ class Journal(Storage):
             RETURNING *, (SELECT body FROM events WHERE events.seq = jobs.seq) AS event"""
         with self.transaction():
             rows = self._fetch(statement, receiver=receiver, now=now, limit=limit)
-        return [(_job(row), row["event"]) for row in rows]
+            return [(_job(row), row["event"]) for row in rows]
 
     def put_off(self, job_id: str, *, until: datetime) -> None:
         """Make an attempt that was taken, but not made, due at a later time."""

@@ -116,11 +116,6 @@ class Job:
     last_error: Mapping[str, str] | None = None
 
     @property
-    def is_alone(self) -> bool:
-        """Whether it must have a worker of its own."""
-        return self.alone is not Alone.NO
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What each log line about it contains."""
         return {"job_id": self.id, **self.forwarded}

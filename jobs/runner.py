@@ -175,8 +175,8 @@ class Runner:
     def let_catch_up(self) -> None:
         """Wait a little if accepting would outrun delivering.
 
-        That is when more than MAX_BEHIND jobs wait for nothing but the processor: they are posted,
-        or could start, and the scheduler itself had to wait for its turn.
+        That is when more than MAX_BEHIND jobs could start or wait for the scheduler, and the
+        scheduler itself had to wait for its turn.
         """
         seconds = min(PAUSE_FACTOR * self._lag_seconds, MAX_PAUSE_SECONDS)
         if self._count_behind() > MAX_BEHIND:
@@ -185,9 +185,8 @@ class Runner:
 
     def _count_behind(self) -> int:
         with self._lock:
-            running = self._count(is_posting=False)
-            could_start = self._waiting if running < self._max_running else 0
-            return len(self._runs) - running + could_start
+            is_free = self._count(is_posting=False) < self._max_running
+            return self._writer.count() + (self._waiting if is_free else 0)
 
     def cancel(self, job_id: str) -> None:
         """End a job with the outcome `canceled`. It is durable when this returns.
@@ -232,7 +231,7 @@ class Runner:
             Refusal: Why not (503).
         """
         self._refuse()
-        if failure := self._journal.failure:
+        if failure := self._journal.failure or self._writer.failure:
             raise failure
         if text := self._executor.failure():
             raise _unavailable("No worker", f"{text} Jobs are accepted, and wait.")
@@ -296,10 +295,13 @@ class Runner:
             except JournalLost:
                 break  # the process is about to end
             except Exception as exc:
-                if not isinstance(exc, JournalError):  # which was logged where it was seen
-                    log.exception("scheduler failed")
                 self._attempts_at = 0.0  # what was looked for may still be due
-                self._stopped.wait(RETRY_SECONDS)
+                with contextlib.suppress(MemoryError):
+                    if not isinstance(exc, JournalError):  # which was logged where it was seen
+                        log.exception("scheduler failed")
+                    self._stopped.wait(RETRY_SECONDS)
+        with contextlib.suppress(Exception):  # what is not written now is done again
+            self._writer.write()
         self._writer.close()
 
     def _wait(self) -> None:
@@ -311,9 +313,9 @@ class Runner:
 
     def _schedule_once(self) -> None:
         now = time.monotonic()
-        self._writer.write()
         if now >= self._tick_at:
             self._tick()
+        self._writer.write()
         if now >= self._times_out_at:
             self._time_out(now)
         if self._is_draining:
@@ -330,6 +332,7 @@ class Runner:
     def _tick(self) -> None:
         """Look once a second at what nobody tells."""
         self._tick_at = time.monotonic() + TICK_SECONDS
+        self._writer.retry()
         self._sender.close_idle()
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
@@ -382,7 +385,7 @@ class Runner:
                 with self._lock:  # before the commit: a cancel may follow it at once
                     self._runs |= runs
                     self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
-        except JournalError:
+        except BaseException:
             for run in runs.values():
                 self._leave(run)
             raise
@@ -394,7 +397,11 @@ class Runner:
         with self._lock:
             self._attempts_at, self._is_crowded = math.inf, False
         now, next_seconds = self._clock(), PRUNE_SECONDS
-        for receiver, due_at in self._journal.earliest_attempts():
+        receivers = self._journal.earliest_attempts()
+        with self._lock:  # what is known of others is of no use any more
+            self._failing.intersection_update(receiver for receiver, _ in receivers)
+            self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
+        for receiver, due_at in receivers:
             seconds = max((due_at - now).total_seconds(), self._held_seconds(receiver))
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
@@ -427,10 +434,9 @@ class Runner:
         self, run: Run, work: Callable[[Run, Any], bool], given: Claimed | bytes
     ) -> None:
         """Start a thread that works for a job. If the system has none, the job waits a second."""
-        arguments = (run, work, given)
-        thread = threading.Thread(target=self._guard, args=arguments, name=run.job.id, daemon=True)
+        arguments, name = (run, work, given), run.job.id
         try:
-            thread.start()
+            threading.Thread(target=self._guard, args=arguments, name=name, daemon=True).start()
         except (RuntimeError, MemoryError) as exc:  # can't start new thread
             log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
             if run.is_posting:
@@ -460,18 +466,21 @@ class Runner:
     def _guard(self, run: Run, work: Callable[[Run, Any], bool], given: Claimed | bytes) -> None:
         """Do the work, and whatever happens leave no job without a thread or a next step."""
         try:
-            if not work(run, given):
-                self._leave(run)
+            if work(run, given):
+                return
         except JournalError:
             log.debug("job left to the next start", extra=run.job.facts)
-            self._leave(run)
         except BaseException as exc:
             log.exception("job's thread failed", extra=run.job.facts)
-            self._give_up(run, type(exc).__name__)
+            while not self._stopped.is_set():
+                with contextlib.suppress(Exception):
+                    self._give_up(run, type(exc).__name__)
+                    return
+                self._stopped.wait(RETRY_SECONDS)
+        self._leave(run)
 
     def _give_up(self, run: Run, kind: str) -> None:
         """End the analysis as failed; if it has ended, have the attempt made again."""
-        self._executor.stop(run.job.id)
         given = model.without_result(Outcome.FAILED, kind, "The result could not be handled.")
         ending, event = self._prepare(run.job, given)
 
@@ -481,7 +490,7 @@ class Runner:
                 return
             self._leave(run)
             if answer is None:
-                self._ended(run.job, ending, is_due=True)
+                self._ended(run.job, run, ending, is_due=True)
 
         due_at = ending.finished_at
         write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
@@ -489,6 +498,8 @@ class Runner:
 
     def _put_off(self, run: Run) -> None:
         """Make an attempt that was taken, but not made, due again."""
+        if self._runs.get(run.job.id) is not run:  # another thread makes it
+            return
         until = self._clock() + timedelta(seconds=RETRY_SECONDS)
 
         def then(_: Any) -> None:
@@ -578,15 +589,16 @@ class Runner:
         )
 
         def then(answer: Any) -> None:
-            if not isinstance(answer, Exception):  # else it was canceled at this very moment
-                facts = {"seconds": seconds, "alone": again.is_alone or None}
-                log.info("analysis to run again", extra=run.job.facts | facts)
-                if again.error:
-                    self._metrics.retried()
-                with self._lock:
-                    self._waiting += not seconds
-                    self._starts_at = min(self._starts_at, time.monotonic() + seconds)
             self._leave(run)
+            if isinstance(answer, Exception):  # it was canceled at this very moment
+                return
+            with self._lock:
+                self._waiting += not seconds
+                self._starts_at = min(self._starts_at, time.monotonic() + seconds)
+            if again.error:
+                self._metrics.retried()
+            facts = {"seconds": seconds, "alone": again.is_alone or None}
+            log.info("analysis to run again", extra=run.job.facts | facts)
 
         self._writer.hand_over(write, then)
 
@@ -599,11 +611,11 @@ class Runner:
         def then(exc: Any) -> None:
             answer.put(exc)
             if exc is None:
-                self._ended(run.job, ending, is_due=not posts_now)
+                self._ended(run.job, run, ending, is_due=not posts_now)
 
         due_at = None if posts_now else ending.finished_at
         write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
-        self._writer.hand_over(write, then)
+        self._writer.hand_over(write, then, may_fail=True)
         exc = answer.get()
         if exc and not isinstance(exc, MoveError):  # it was canceled, or timed out, at this moment
             raise exc
@@ -629,12 +641,10 @@ class Runner:
     def _attempted(self, run: Run, attempt: model.Attempt, state: State | Exception) -> None:
         """Follow up on an attempt that was recorded."""
         job = run.job
-        if isinstance(state, JournalError):
-            self._leave(run)
-            return
         if isinstance(state, Exception):
-            log.error("attempt not recorded", exc_info=state, extra=job.facts)
-            self._put_off(run)
+            if not isinstance(state, JournalError):
+                log.error("attempt not recorded", exc_info=state, extra=job.facts)
+            self._leave(run)
             return
         with self._lock:
             if attempt.hold_seconds:
@@ -669,8 +679,10 @@ class Runner:
             MoveError: It has ended already.
         """
         ending, event = self._prepare(job, ending)
-        self._journal.end(job, ending, event, due_at=ending.finished_at, durable=durable)
-        self._ended(job, ending, is_due=True)
+        with self._journal.transaction(durable=durable):
+            self._journal.end(job, ending, event, due_at=ending.finished_at)
+            run = self._runs.get(job.id)  # before an attempt can take its place
+        self._ended(job, run, ending, is_due=True)
         self._executor.stop(job.id)
 
     def _prepare(self, job: model.Job, given: model.Ending) -> tuple[model.Ending, model.Event]:
@@ -681,9 +693,11 @@ class Runner:
         max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
         return ending, model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
 
-    def _ended(self, job: model.Job, ending: model.Ending, *, is_due: bool) -> None:
+    def _ended(
+        self, job: model.Job, run: Run | None, ending: model.Ending, *, is_due: bool
+    ) -> None:
         """Tell how a job ended, once that is committed."""
-        if run := self._runs.get(job.id):
+        if run:
             run.outcome = ending.outcome
         self._metrics.ended_analysis(job, ending)
         level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO

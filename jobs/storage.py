@@ -226,11 +226,12 @@ class Storage:
             self._usable().execute("COMMIT")
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
-        if transaction.durable:
-            self._on_commit(time.perf_counter() - transaction.began)
-        if self._failure:
-            self._failure = None
-            log.warning("journal recovered")
+        with contextlib.suppress(Exception):  # it is committed, whatever happens now
+            if transaction.durable:
+                self._on_commit(time.perf_counter() - transaction.began)
+            if self._failure:
+                self._failure = None
+                log.warning("journal recovered")
 
     def _usable(self) -> sqlite3.Connection:
         if self._loss:

@@ -1,11 +1,12 @@
 """Writes to the journal for many threads, in shared commits."""
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jobs.errors import JournalError, MoveError
+from jobs.errors import JournalError, JournalLost, Refusal
 from jobs.journal import Journal
 
 log = logging.getLogger("postback")
@@ -14,6 +15,7 @@ log = logging.getLogger("postback")
 class _Write(NamedTuple):
     write: Callable[[], Any]
     then: Callable[[Any], None]
+    may_fail: bool
 
 
 class Writer:
@@ -22,24 +24,32 @@ class Writer:
     Args:
         journal: What is written to.
         on_write: Is called when there is something for `write`.
+
+    Attributes:
+        failure: Why something could not be written yet; None when all is.
     """
 
     def __init__(self, journal: Journal, on_write: Callable[[], None]) -> None:
         self._journal = journal
         self._on_write = on_write
         self._writes: deque[_Write] = deque()
+        self._failed: deque[_Write] = deque()  # to be tried again
         self._is_closed = False
+        self.failure: JournalError | None = None
 
-    def hand_over(self, write: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def hand_over(
+        self, write: Callable[[], Any], then: Callable[[Any], None], *, may_fail: bool = False
+    ) -> None:
         """Have something written.
 
         Args:
-            write: Changes the journal, inside a transaction.
-            then: Is given what `write` returned, after the commit, or the exception it raised. That
-                is a MoveError when the job's state did not allow it, and a JournalError only after
-                `close`: what the journal cannot take now is tried again.
+            write: Changes the journal, inside a transaction. It is tried again until it raises
+                nothing but a Refusal.
+            then: Is given what `write` returned, after the commit, or the Refusal: the state of the
+                job did not allow it, or, as a JournalError, the journal never took it.
+            may_fail: `then` is also given any other exception.
         """
-        self._writes.append(_Write(write, then))
+        self._writes.append(_Write(write, then, may_fail))
         if self._is_closed:
             self.close()
         else:
@@ -51,7 +61,7 @@ class Writer:
         When that fails, any of it may be to blame, so each is written alone.
 
         Raises:
-            JournalError: Something is still to be written.
+            JournalLost: The journal can no longer be trusted.
         """
         writes = [self._writes.popleft() for _ in range(len(self._writes))]
         if not writes:
@@ -63,31 +73,48 @@ class Writer:
             answers = [self._write_alone(one) for one in writes]
         for one, answer in zip(writes, answers, strict=True):
             if isinstance(answer, JournalError):
-                self._writes.append(one)
+                self._failed.append(one)
+                self.failure = answer
             else:
                 _tell(one, answer)
-        if failure := next((one for one in answers if isinstance(one, JournalError)), None):
-            raise failure
+        if isinstance(self.failure, JournalLost):
+            raise self.failure
+
+    def count(self) -> int:
+        """Return how many writes wait for `write`."""
+        return len(self._writes)
+
+    def retry(self) -> None:
+        """Have `write` try again what failed."""
+        self._writes.extend(self._failed)
+        self._failed.clear()
+        self.failure = None
 
     def close(self) -> None:
         """Give up what could not be written, and what is handed over from now on."""
         self._is_closed = True
-        while self._writes:
-            _tell(self._writes.popleft(), JournalError("The service stops."))
+        self.retry()
+        with contextlib.suppress(IndexError):  # another thread may do the same
+            while True:
+                _tell(self._writes.popleft(), JournalError("The service stops."))
 
     def _write_alone(self, one: _Write) -> Any:
         try:
             with self._journal.transaction():
                 return _answer(one)
-        except Exception as exc:  # noqa: BLE001 - it is told to whoever wanted it written
+        except JournalError as exc:
             return exc
+        except Exception as exc:  # noqa: BLE001 - it is told, or tried again
+            return exc if one.may_fail else JournalError(f"A write failed: {exc!r}.")
 
 
 def _answer(one: _Write) -> Any:
     """Return what a write returns, or how the state of its job did not allow it."""
     try:
         return one.write()
-    except MoveError as exc:
+    except JournalError:
+        raise
+    except Refusal as exc:
         return exc
 
 

@@ -231,10 +231,11 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _answer_short(self) -> None:
         """Answer short requests in one transaction. Send the answers after its commit."""
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
-        for task in batch:
-            task.ask()
-        writing = [task for task in batch if task.writes]
+        writing = batch
         try:
+            for task in batch:
+                task.ask()
+            writing = [task for task in batch if task.writes]
             if writing:
                 with self._turn():
                     for task in writing:
