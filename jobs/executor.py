@@ -398,6 +398,8 @@ class WorkerExecutor:
                 self._tell(one, None)
             else:
                 one.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            one.kill()  # and what it started, while its id cannot be another's
             code = process.wait()
         self._bury(one, code)
         if is_ready:
@@ -436,9 +438,8 @@ class WorkerExecutor:
         self._on_change()
 
     def _bury(self, one: _Worker, code: int) -> None:
-        """Kill what a worker has left behind, and wake the jobs that were in it."""
+        """Wake the jobs that were in a worker."""
         with self._lock:
-            one.kill()
             one.is_ready, one.code, one.suspects = False, code, len(one.runs)
             for run in one.runs:
                 run.hang_up()

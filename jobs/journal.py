@@ -150,7 +150,9 @@ class Journal(Storage):
         Raises:
             MoveError: The job is not running.
         """
-        note = "UPDATE jobs SET interrupted = 0 WHERE id = :id AND state = 'running'"
+        note = """
+            UPDATE jobs SET interrupted = 0, alone = CASE alone WHEN 2 THEN 0 ELSE alone END
+             WHERE id = :id AND state = 'running'"""
         store = "INSERT OR REPLACE INTO kept SELECT seq, :value FROM jobs WHERE id = :id"
         with self.transaction():
             self._move(job_id, note, wanted="kept a value for")

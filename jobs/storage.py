@@ -94,6 +94,8 @@ class Storage:
             ConfigError: It is in use, damaged, not ours, of another version, or not writable.
         """
         try:
+            if not self._path.parent.is_dir():
+                raise self._refusal(f"there is no folder {self._path.parent}: make it")
             self._take_lock()
             # Payloads are nobody else's business. SQLite itself would open a read-only file.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))

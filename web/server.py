@@ -135,6 +135,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         tokens = self._api_tokens
         if tokens and not any(hmac.compare_digest(given, token) for token in tokens):
             detail = "Send the token as Authorization: Bearer <API_TOKEN>."
+            if given:
+                detail = f"This token is not the one in API_TOKEN. {detail}"
             raise errors.Refusal(401, "Unauthorized", detail)
 
     def default_error_handler(self, res: bottle.HTTPError) -> bottle.HTTPResponse:

@@ -293,6 +293,19 @@ def test_a_job_runs_alone_from_its_third_unclean_end_and_is_given_back_at_its_fi
     assert (crashed.id, crashed.state, crashed.interrupted) == (job_id, RUNNING, 5)
 
 
+def test_a_job_that_kept_a_value_since_it_ran_alone_may_share_a_worker_again(opened):
+    job_id = accept(opened)
+    for _ in range(3):
+        claim(opened)
+        opened.resume(now=NOW, latest=LATEST)
+    (alone,) = claim(opened)
+
+    opened.keep(job_id, "1")
+
+    assert alone.job.alone == Alone.INTERRUPTED
+    assert (opened.job(job_id).alone, opened.job(job_id).interrupted) == (0, 0)
+
+
 def test_nothing_is_due_later_than_the_schedule_allows_when_the_clock_was_set_back(opened):
     again(opened, running(opened), next_start_at=NOW + SECOND * 3600)
     near, far = [delivering(opened, due_at=NOW + SECOND * n).id for n in (1, 3600)]

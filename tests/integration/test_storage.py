@@ -200,7 +200,9 @@ def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "directory").mkdir()
 
     assert "Is a directory" in refusal(tmp_path / "directory")
-    assert "No such file or directory" in refusal(tmp_path / "missing" / "journal.db")
+    assert f"there is no folder {tmp_path}/missing: make it" in refusal(
+        tmp_path / "missing" / "j.db"
+    )
 
 
 @pytest.mark.parametrize(("name", "mode"), [("", 0o500), ("journal.db", 0o400)])
