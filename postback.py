@@ -4,7 +4,6 @@ Open this file to see or to change what a receiver gets. `web/outbound.py` says 
 be reached, and sends the request.
 """
 
-import dataclasses
 import http.client
 import random
 import re
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import requests
 import requests.adapters
@@ -119,44 +119,46 @@ class Sender:
             event: Is sent byte for byte.
         """
         attempted_at, started = self._clock(), time.monotonic()
-        answer, public_only = None, False
+        answer, is_public_only = None, False
         try:
-            public_only = job.postback_url is not None and self._policy.check(job.postback_url)
-            request = self._request(job, event, timestamp=attempted_at, is_trusted=not public_only)
+            is_public_only = job.postback_url is not None and self._policy.check(job.postback_url)
+            is_trusted = not is_public_only
+            request = self._request(job, event, timestamp=attempted_at, is_trusted=is_trusted)
             # Not with a Session: it adds cookies and .netrc, and doubles the cost.
-            answer = self._adapters[public_only].send(request, timeout=self._timeout_seconds)
+            answer = self._adapters[is_public_only].send(request, timeout=self._timeout_seconds)
             error = _fault(answer.status_code)
         except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
             error = _reason(exc)
-        made = model.Attempt(
+        return model.Attempt(
             number=job.attempts + 1,
             attempted_at=attempted_at,
             duration_seconds=time.monotonic() - started,
             status_code=None if answer is None else answer.status_code,
             error=error,
+            **self._follows(job, answer, show=not is_public_only) if error else {},
         )
-        return made if made.delivered else self._failed(job, made, answer, show=not public_only)
 
-    def _failed(
-        self, job: model.Job, made: model.Attempt, answer: requests.Response | None, *, show: bool
-    ) -> model.Attempt:
-        """Return a failed attempt together with what follows from the answer."""
+    def _follows(
+        self, job: model.Job, answer: requests.Response | None, *, show: bool
+    ) -> dict[str, Any]:
+        """Return what follows from a failed attempt: the fields of Attempt that say so."""
         headers: Mapping[str, str] = {} if answer is None else answer.headers
+        status_code = None if answer is None else answer.status_code
+        # The transport has made a number of it.
         asked_seconds = min(float(headers.get("retry-after", 0)), MAX_RETRY_AFTER_SECONDS)
-        is_final = made.status_code == 410 or headers.get("webhook-delivery") == "abort-message"
+        is_final = status_code == 410 or headers.get("webhook-delivery") == "abort-message"
         until_next = seconds_until_next(
-            made.number - job.resent_after,  # a resend has the whole schedule before it
+            job.attempts + 1 - job.resent_after,  # a resend has the whole schedule before it
             self._schedule,
             retry_after_seconds=asked_seconds,
             random=self._random,
         )
         body = b"" if answer is None or not show else answer.content
-        return dataclasses.replace(
-            made,
-            answer=body.decode(errors="replace")[:MAX_ANSWER] or None,
-            seconds_until_next=None if is_final else until_next,
-            hold_seconds=asked_seconds if made.status_code in {429, 503} else 0.0,
-        )
+        return {
+            "answer": body.decode(errors="replace")[:MAX_ANSWER] or None,
+            "seconds_until_next": None if is_final else until_next,
+            "hold_seconds": asked_seconds if status_code in {429, 503} else 0.0,
+        }
 
     def close_idle(self, seconds: float = outbound.CLOSE_IDLE_SECONDS) -> None:
         """Close the connections that no attempt has used for so long. Call it once a second."""

@@ -50,7 +50,7 @@ class Alone(IntEnum):
     INTERRUPTED = 2  # it was running at several unclean ends of the service
 
 
-#: From each state, the states a job may move to. The SQL CHECK and the documents say the same.
+#: From each state, the states a job may move to.
 MOVES: Mapping[State, frozenset[State]] = {
     State.ACCEPTED: frozenset({State.RUNNING, State.DELIVERING}),
     State.RUNNING: frozenset({State.DELIVERING, State.ACCEPTED}),

@@ -1,10 +1,11 @@
 """What happens between the 200 and the postback: one daemon thread a job, and one scheduler.
 
 The scheduler thread claims accepted jobs while the executor has a free worker and fewer than
-MAX_RUNNING analyses run, and starts a thread for each. A job's thread has the analysis run, has the
-event stored, gives up its place, makes the first attempt, hands what came of it to the scheduler,
-and ends. The scheduler writes for all of them, so that they share commits. It also starts the
-attempts that are due, times out, and prunes. It is the only thread that claims.
+MAX_RUNNING analyses run, and starts a thread for each. A job's thread has the analysis run, gives
+up its place, has the event stored, makes the first attempt, hands what came of it to the scheduler,
+and ends. The scheduler writes for all of them, so that they share commits, and goes on from there:
+each function named `then` runs in it. It also starts the attempts that are due, times out, and
+prunes. It is the only thread that claims.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Run:
     """One job that a thread works for.
 
     Attributes:
-        is_posting: It makes an attempt; else it holds one of MAX_RUNNING places.
+        is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
         outcome: None until its analysis has ended, here or from outside.
         started_at: When its analysis began; None until the worker has said so.
         times_out_at: By the monotonic clock; infinite until its analysis has begun.
@@ -112,7 +113,8 @@ class Runner:
         self._woken_at = 0.0  # by the monotonic clock
         self._lag_seconds = 0.0  # how long the scheduler had to wait for its turn when last woken
         self._has_caught_up = threading.Event()  # accepting need not wait any more
-        # A job is in `_runs` exactly while somebody works for it; the lock guards all below.
+        # A job is in `_runs` exactly while somebody works for it. Whoever changes what is below
+        # holds the lock. Who needs a transaction of the journal, too, begins that first.
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)  # notified when a job leaves during a drain
         self._runs: dict[str, Run] = {}
@@ -275,7 +277,7 @@ class Runner:
         runs = [run for run in self._runs.values() if run.is_posting is is_posting]
         return len([run for run in runs if receiver in (None, run.job.receiver)])
 
-    # The scheduler's thread
+    # In the scheduler's thread, mostly
 
     def _look_for_attempts(self, seconds: float) -> None:
         """Have the scheduler look for due attempts after so many seconds."""
@@ -461,7 +463,7 @@ class Runner:
         longest = max(self._sender.longest_wait_seconds, *self._config.analysis_schedule_seconds, 0)
         return now + timedelta(seconds=longest)
 
-    # A job's thread
+    # In a job's thread, mostly
 
     def _guard(self, run: Run, work: Callable[[Run, Any], bool], given: Claimed | bytes) -> None:
         """Do the work, and whatever happens leave no job without a thread or a next step."""
@@ -617,7 +619,7 @@ class Runner:
         write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
         self._writer.hand_over(write, then, may_fail=True)
         exc = answer.get()
-        if exc and not isinstance(exc, MoveError):  # it was canceled, or timed out, at this moment
+        if exc and not isinstance(exc, MoveError):  # else it was canceled, or timed out, just now
             raise exc
         return event.body if posts_now and not exc else None
 

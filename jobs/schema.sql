@@ -2,7 +2,7 @@
 -- ISO 8601 with milliseconds, so text order is time order. Large values have tables of their own,
 -- because a move rewrites its row and must not rewrite a payload.
 
--- A CHECK with IN would fill a temporary table at each write, so it is written with OR.
+-- A CHECK with IN and more than two values would fill a temporary table at each write.
 -- Below seq come the attributes of model.Job, in their order.
 CREATE TABLE jobs (
     seq             INTEGER PRIMARY KEY,  -- the order of acceptance

@@ -43,10 +43,10 @@ class Writer:
         """Have something written.
 
         Args:
-            write: Changes the journal, inside a transaction. It is tried again until it raises
-                nothing but a Refusal.
-            then: Is given what `write` returned, after the commit, or the Refusal: the state of the
-                job did not allow it, or, as a JournalError, the journal never took it.
+            write: Changes the journal, inside a transaction. It is tried again until the journal
+                takes it, or until `close`.
+            then: Is given what `write` returned, after the commit; or the Refusal that it raised,
+                mostly a MoveError; or, after `close`, a JournalError.
             may_fail: `then` is also given any other exception.
         """
         self._writes.append(_Write(write, then, may_fail))
