@@ -315,9 +315,10 @@ class Runner:
 
     def _schedule_once(self) -> None:
         now = time.monotonic()
-        if now >= self._tick_at:
+        is_tick = now >= self._tick_at
+        self._writer.write(retry=is_tick)
+        if is_tick:
             self._tick()
-        self._writer.write()
         if now >= self._times_out_at:
             self._time_out(now)
         if self._is_draining:
@@ -334,7 +335,6 @@ class Runner:
     def _tick(self) -> None:
         """Look once a second at what nobody tells."""
         self._tick_at = time.monotonic() + TICK_SECONDS
-        self._writer.retry()
         self._sender.close_idle()
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
@@ -440,11 +440,12 @@ class Runner:
         try:
             threading.Thread(target=self._guard, args=arguments, name=name, daemon=True).start()
         except (RuntimeError, MemoryError) as exc:  # can't start new thread
-            log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
             if run.is_posting:
                 self._put_off(run)
             else:
                 self._run_again(run, model.Again(pause_seconds=RETRY_SECONDS))
+            with contextlib.suppress(MemoryError):  # others are still to be started
+                log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
 
     def _prune(self) -> None:
         now = self._clock()
@@ -473,12 +474,13 @@ class Runner:
         except JournalError:
             log.debug("job left to the next start", extra=run.job.facts)
         except BaseException as exc:
-            log.exception("job's thread failed", extra=run.job.facts)
             while not self._stopped.is_set():
                 with contextlib.suppress(Exception):
                     self._give_up(run, type(exc).__name__)
-                    return
+                    break
                 self._stopped.wait(RETRY_SECONDS)
+            log.exception("job's thread failed", extra=run.job.facts)
+            return
         self._leave(run)
 
     def _give_up(self, run: Run, kind: str) -> None:
@@ -492,7 +494,8 @@ class Runner:
                 return
             self._leave(run)
             if answer is None:
-                self._ended(run.job, run, ending, is_due=True)
+                run.outcome = ending.outcome
+                self._ended(run.job, ending, is_due=True)
 
         due_at = ending.finished_at
         write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
@@ -613,7 +616,8 @@ class Runner:
         def then(exc: Any) -> None:
             answer.put(exc)
             if exc is None:
-                self._ended(run.job, run, ending, is_due=not posts_now)
+                run.outcome = ending.outcome
+                self._ended(run.job, ending, is_due=not posts_now)
 
         due_at = None if posts_now else ending.finished_at
         write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
@@ -629,6 +633,7 @@ class Runner:
         with self._lock:
             posts_now = self._held_seconds(receiver) <= 0 and self._room(receiver) > 0
             run.is_posting = True
+            run.times_out_at = math.inf
             if self._waiting:
                 self.wake()
             return posts_now
@@ -653,13 +658,14 @@ class Runner:
                 self._held[job.receiver] = time.monotonic() + attempt.hold_seconds
             (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
         self._leave(run)
+        if attempt.seconds_until_next is not None:
+            self._look_for_attempts(attempt.seconds_until_next)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:
             facts: dict[str, Any] = {"attempt": attempt.number, "status_code": attempt.status_code}
             facts |= {"error": attempt.error, "next_in_seconds": attempt.seconds_until_next}
             log.warning("attempt failed", extra=job.facts | facts)
         if attempt.seconds_until_next is not None:
-            self._look_for_attempts(attempt.seconds_until_next)
             return
         seconds = round((self._clock() - job.created_at).total_seconds(), 3)
         facts = {"outcome": run.outcome, "starts": job.starts, "attempts": attempt.number}
@@ -684,8 +690,10 @@ class Runner:
         with self._journal.transaction(durable=durable):
             self._journal.end(job, ending, event, due_at=ending.finished_at)
             run = self._runs.get(job.id)  # before an attempt can take its place
-        self._ended(job, run, ending, is_due=True)
+        if run:
+            run.outcome = ending.outcome
         self._executor.stop(job.id)
+        self._ended(job, ending, is_due=True)
 
     def _prepare(self, job: model.Job, given: model.Ending) -> tuple[model.Ending, model.Event]:
         """Return an ending with its times, and its event."""
@@ -695,17 +703,13 @@ class Runner:
         max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
         return ending, model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
 
-    def _ended(
-        self, job: model.Job, run: Run | None, ending: model.Ending, *, is_due: bool
-    ) -> None:
+    def _ended(self, job: model.Job, ending: model.Ending, *, is_due: bool) -> None:
         """Tell how a job ended, once that is committed."""
-        if run:
-            run.outcome = ending.outcome
+        if is_due:
+            self._look_for_attempts(0.0)
         self._metrics.ended_analysis(job, ending)
         level = logging.DEBUG if ending.outcome is Outcome.SUCCEEDED else logging.INFO
         log.log(level, "analysis ended", extra={**job.facts, "outcome": ending.outcome})
-        if is_due:
-            self._look_for_attempts(0.0)
 
 
 def _unavailable(title: str, detail: str) -> Refusal:

@@ -33,7 +33,7 @@ class Writer:
         self._journal = journal
         self._on_write = on_write
         self._writes: deque[_Write] = deque()
-        self._failed: deque[_Write] = deque()  # to be tried again
+        self._failed: list[_Write] = []  # to be tried again
         self._is_closed = False
         self.failure: JournalError | None = None
 
@@ -55,15 +55,20 @@ class Writer:
         else:
             self._on_write()
 
-    def write(self) -> None:
+    def write(self, *, retry: bool = False) -> None:
         """Write what was handed over, in one transaction.
 
         When that fails, any of it may be to blame, so each is written alone.
+
+        Args:
+            retry: Try again, too, what failed before.
 
         Raises:
             JournalLost: The journal can no longer be trusted.
         """
         writes = [self._writes.popleft() for _ in range(len(self._writes))]
+        failed = [] if retry else self._failed
+        writes += self._failed if retry else []
         if not writes:
             return
         try:
@@ -71,11 +76,12 @@ class Writer:
                 answers = [_answer(one) for one in writes]
         except Exception:  # noqa: BLE001 - it comes again, and then it is told
             answers = [self._write_alone(one) for one in writes]
-        for one, answer in zip(writes, answers, strict=True):
-            if isinstance(answer, JournalError):
-                self._failed.append(one)
-                self.failure = answer
-            else:
+        told = list(zip(writes, answers, strict=True))
+        self._failed = failed + [one for one, answer in told if isinstance(answer, JournalError)]
+        failures = (answer for answer in answers if isinstance(answer, JournalError))
+        self.failure = next(failures, self.failure) if self._failed else None
+        for one, answer in told:
+            if not isinstance(answer, JournalError):
                 _tell(one, answer)
         if isinstance(self.failure, JournalLost):
             raise self.failure
@@ -84,16 +90,11 @@ class Writer:
         """Return how many writes wait for `write`."""
         return len(self._writes)
 
-    def retry(self) -> None:
-        """Have `write` try again what failed."""
-        self._writes.extend(self._failed)
-        self._failed.clear()
-        self.failure = None
-
     def close(self) -> None:
         """Give up what could not be written, and what is handed over from now on."""
         self._is_closed = True
-        self.retry()
+        self._writes.extend(self._failed)
+        self._failed = []
         with contextlib.suppress(IndexError):  # another thread may do the same
             while True:
                 _tell(self._writes.popleft(), JournalError("The service stops."))
@@ -122,4 +123,5 @@ def _tell(one: _Write, answer: Any) -> None:
     try:
         one.then(answer)
     except Exception:
-        log.exception("write not followed up")
+        with contextlib.suppress(Exception):  # others are still to be told
+            log.exception("write not followed up")

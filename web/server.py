@@ -306,9 +306,10 @@ class _Task(WSGITask):  # type: ignore[misc]
             detail = _DETAILS.get(error.code, error.body)
             self.refuse(errors.Refusal(error.code, error.reason, detail))
             return
-        environ, start = self.get_environment(), list[Any]()
-        environ["postback.after"] = self._after = []
+        start = list[Any]()
         with self._refusing():
+            environ = self.get_environment()
+            environ["postback.after"] = self._after = []
             body = self.channel.server.application(environ, lambda *args: start.extend(args))
             self._body = b"".join(body)
             if hasattr(body, "close"):  # a file

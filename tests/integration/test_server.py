@@ -399,6 +399,31 @@ def test_a_turn_that_cannot_begin_is_a_503(process):
     assert [exchange(process, sent)[0] for sent in (post(), LIVEZ)] == [503, 200]
 
 
+def test_a_request_that_the_server_cannot_handle_is_answered_and_so_are_those_of_its_turn(
+    process, monkeypatch, caplog
+):
+    problems, prepare = [MemoryError], server._Task.get_environment
+
+    def prepare_or_fail(task):
+        if problems:
+            raise problems.pop()
+        return prepare(task)
+
+    process.turn.gate.clear()
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(connected(process)) for _ in range(3)]
+        ends[0][0].sendall(post())
+        assert process.turn.entered.wait(5)
+        monkeypatch.setattr(server._Task, "get_environment", prepare_or_fail)
+        for conn, _ in ends[1:]:
+            conn.sendall(post())
+        process.turn.gate.set()
+
+        assert sorted(answer(stream)[0] for _, stream in ends) == [200, 200, 500]
+    assert caplog.messages == ["request failed"]
+    assert exchange(process, post())[0] == 200
+
+
 @pytest.mark.parametrize("path", ["/process", "/x"])
 def test_what_is_to_be_done_after_the_answer_is_done_then(serve, caplog, path):
     done = threading.Event()

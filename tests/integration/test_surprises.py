@@ -1,5 +1,6 @@
 """What happens at the wrong moment, or fails once: no job is lost, and no place stays taken."""
 
+import logging
 import os
 import signal
 import sqlite3
@@ -18,6 +19,7 @@ from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from jobs.model import Again, State
+from jobs.runner import Runner
 from tests.conftest import ACT
 from tests.harness import ROOT, Caller, act, environment, events, free_port, poll, refusal
 from tests.integration.test_executor import SHARED, Call
@@ -43,22 +45,43 @@ def start_hasty(start, receiver, monkeypatch):
 
 
 @pytest.fixture
-def fail_once(monkeypatch):
+def start_twice(start_hasty, receiver, monkeypatch):
+    """Return `start_hasty`, with one place, for an analysis and an attempt that fail at first."""
+    monkeypatch.setattr(runner, "PRUNE_SECONDS", 0.05)  # a due attempt that was missed is found
+    receiver.answers = [500]
+    return partial(start_hasty, MAX_RUNNING="1", ANALYSIS_SCHEDULE="50ms")
+
+
+@pytest.fixture
+def fail_once(fail):
     """Return a function that has a method of the journal fail at its next call that matters."""
 
     def fail_once(name, *, matters=lambda _: True):
-        original, has_failed = getattr(Journal, name), threading.Event()
-
-        def method(self, *arguments, **options):
-            if not has_failed.is_set() and matters(self):
-                has_failed.set()
-                raise JournalError("a fault")
-            return original(self, *arguments, **options)
-
-        monkeypatch.setattr(Journal, name, method)
-        return has_failed
+        options = {"matters": lambda one, *_: matters(one), "problem": JournalError("a fault")}
+        return fail(Journal, name, **options)
 
     return fail_once
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Return a function that has a method fail at its next `times` calls that matter."""
+
+    def fail(owner, name, *, times=1, matters=lambda *_: True, problem=MemoryError):
+        original, failures, has_failed = getattr(owner, name), [problem] * times, threading.Event()
+
+        def method(*arguments, **options):
+            if failures and matters(*arguments):
+                problem = failures.pop()
+                if not failures:
+                    has_failed.set()
+                raise problem
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, method)
+        return has_failed
+
+    return fail
 
 
 @pytest.fixture
@@ -137,13 +160,18 @@ def cancel_when(monkeypatch, moment, cancel):
         monkeypatch.setattr(Journal, "transaction", transaction)
         return
     owner, name = (threading.Thread, "start") if moment == "thread" else (WorkerExecutor, "run")
+    do_before(monkeypatch, owner, name, cancel)
+
+
+def do_before(monkeypatch, owner, name, do):
+    """Call `do` before each call of a method."""
     original = getattr(owner, name)
 
-    def begin(*arguments, **options):
-        cancel()
+    def late(*arguments, **options):
+        do()
         return original(*arguments, **options)
 
-    monkeypatch.setattr(owner, name, begin)
+    monkeypatch.setattr(owner, name, late)
 
 
 @pytest.mark.parametrize("moment", ["committed", "thread", "executor"])
@@ -168,6 +196,31 @@ def test_a_cancel_just_after_the_claim_frees_the_worker_and_posts_no_result(
     assert canceled == [hung]
     posted = {event["data"]["id"]: event["data"]["outcome"] for event in events(receiver.requests)}
     assert posted == {hung: "canceled", other: "succeeded"}
+
+
+def test_a_cancel_whose_event_is_posted_before_it_is_followed_up_frees_the_worker(
+    start_hasty, receiver, monkeypatch, tmp_path
+):
+    service = start_hasty(EXECUTOR="process", WORKERS="1")
+    has_come, go_on = threading.Event(), threading.Event()
+
+    def come():
+        has_come.set()
+        assert go_on.wait(10)
+
+    def post_the_event():
+        service.service.runner._look_for_attempts(0.0)  # as any other job that ends does
+        receiver.wait_for(1)
+
+    do_before(monkeypatch, WorkerExecutor, "run", come)
+    do_before(monkeypatch, Runner, "_ended", post_the_event)
+    hung = service.send(act("hang", str(tmp_path / "hung")))
+    assert has_come.wait(10)
+    service.service.runner.cancel(hung)
+    go_on.set()
+
+    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
+    assert service.wait_for(hung)["outcome"] == "canceled"
 
 
 # A journal that fails once
@@ -209,7 +262,129 @@ def test_jobs_whose_commit_failed_do_not_fill_the_queue(start_hasty, gate, monke
     poll(lambda: service.post("/process", json={"data": 1}).ok, "an accepted job")
 
 
+def test_a_large_event_that_the_journal_refuses_holds_up_no_other_job(start_hasty, monkeypatch):
+    monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that only this test has it retried
+    service = start_hasty(MAX_RUNNING="1")
+    service.wait_for(service.send(1))
+
+    limit_pages(service.journal, more=100)
+    large = service.send(act("large", 1_000_000))
+    poll(lambda: service.journal.failure, "a write that is refused")
+    others = service.wait_for_all([service.send(number) for number in range(3)])
+    assert [job["state"] for job in others] == ["delivered"] * 3
+    assert "full" in refusal(service.get("/readyz"), 503)
+
+    limit_pages(service.journal, more=10_000)
+    service.service.runner._tick_at = 0.0
+    service.service.runner.wake()
+    assert service.wait_for(large)["state"] == "delivered"
+    assert service.get("/readyz").status_code == 200
+
+
+def limit_pages(journal, *, more):
+    """Let the journal grow by so many pages, as if its disk had only so much room."""
+    with journal._lock:
+        [count] = journal._connection.execute("PRAGMA page_count").fetchone()
+        journal._connection.execute(f"PRAGMA max_page_count = {count + more}").fetchone()
+
+
+# What fails behind a commit
+
+
+def test_a_metric_that_fails_after_a_commit_refuses_nothing(start_hasty, fail):
+    service = start_hasty()
+    has_failed = fail(service.journal, "_on_commit")
+
+    assert service.wait_for(service.send(1))["state"] == "delivered"
+    assert has_failed.is_set()
+
+
+def test_a_log_line_that_fails_after_a_commit_refuses_nothing(start_hasty, fail, monkeypatch):
+    monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that the request is the next to commit
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=FullDisk))
+    service = start_hasty()
+    has_failed = fail(logging.Logger, "warning", matters=lambda *given: "recovered" in given[1])
+
+    monkeypatch.setattr(FullDisk, "is_full", True)
+    assert refusal(service.post("/process", json={"data": 1}), 503)
+    monkeypatch.setattr(FullDisk, "is_full", False)
+
+    assert service.wait_for(service.send(1))["state"] == "delivered"
+    assert has_failed.is_set()
+
+
+@pytest.mark.parametrize(
+    ("name", "times"), [("retried", 1), ("ended_analysis", 2), ("attempted", 3)]
+)
+def test_a_metric_that_fails_after_a_write_keeps_no_place(start_twice, fail, name, times):
+    service = start_twice()
+    has_failed = fail(service.service.metrics, name, times=times)
+
+    jobs = service.wait_for_all([service.send(act("fail_at_first", 1)), service.send(1)])
+
+    assert [(job["state"], job["starts"]) for job in jobs] == [("delivered", 2), ("delivered", 1)]
+    assert has_failed.wait(10)
+    poll(lambda: not service.service.runner._runs, "all places free")
+
+
+@pytest.mark.parametrize(
+    "text", ["analysis to run again", "analysis ended", "attempt failed", "job %s"]
+)
+def test_a_log_line_that_fails_after_a_write_keeps_no_place(start_twice, fail, caplog, text):
+    caplog.set_level("DEBUG", logger="postback")
+    service = start_twice()
+    has_failed = fail(logging.Logger, "_log", matters=lambda *given: given[2] == text)
+
+    jobs = service.wait_for_all([service.send(act("fail_at_first", 1)), service.send(1)])
+
+    assert [(job["state"], job["starts"]) for job in jobs] == [("delivered", 2), ("delivered", 1)]
+    assert has_failed.wait(10)
+    poll(lambda: not service.service.runner._runs, "all places free")
+
+
 # No thread, no memory
+
+
+def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start_hasty, fail):
+    service, has_failed = start_hasty(MAX_RUNNING="1"), fail(Runner, "_prepare", times=2)
+
+    job_id = service.send(1)
+
+    assert service.wait_for(job_id)["outcome"] == "failed"
+    assert has_failed.is_set()
+    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
+
+
+@pytest.mark.parametrize(("name", "times"), [("run_again", 2), ("end", 4), ("put_off", 2)])
+def test_a_small_write_that_finds_no_memory_is_tried_again(
+    start_twice, receiver, fail, name, times
+):
+    """Each try fails twice: with others, and alone."""
+    service, has_failed = start_twice(), fail(Journal, name, times=times)
+    is_second = partial(is_thread_of_attempt, service)
+    fail(threading.Thread, "start", matters=is_second, problem=RuntimeError)  # so it is put off
+
+    job = service.wait_for(service.send(act("fail_at_first", 1)))
+
+    assert has_failed.is_set()
+    assert (job["state"], job["starts"], job["attempts_made"]) == ("delivered", 2, 2)
+    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
+
+
+def is_thread_of_attempt(service, thread):
+    run = service.service.runner.run_of(thread.name)
+    return run is not None and run.is_posting
+
+
+def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail):
+    service = start_hasty(MAX_RUNNING="1")
+    runs = service.service.runner._runs
+    has_failed = fail(Journal, "_commit", matters=lambda *_: runs)
+
+    job = service.wait_for(service.send(1))
+
+    assert has_failed.is_set()
+    assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
 @pytest.mark.parametrize("problem", [MemoryError, RuntimeError])
@@ -224,6 +399,24 @@ def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, monkeypatch, pr
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
+    job_id = service.send(1)
+
+    job = service.wait_for(job_id)
+    assert refused == [job_id]
+    assert (job["outcome"], job["starts"]) == ("succeeded", 1)
+
+
+def test_a_job_for_whose_thread_there_is_no_memory_runs_later(start_hasty, monkeypatch):
+    service, create = start_hasty(MAX_RUNNING="1"), threading.Thread.__init__
+    refused: list[str] = []
+
+    def limited(thread, *arguments, **options):
+        if len(options.get("name") or "") == 32 and not refused:
+            refused.append(options["name"])
+            raise MemoryError
+        create(thread, *arguments, **options)
+
+    monkeypatch.setattr(threading.Thread, "__init__", limited)
     job_id = service.send(1)
 
     job = service.wait_for(job_id)

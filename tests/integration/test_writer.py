@@ -1,0 +1,137 @@
+"""The writes of many threads: shared commits, refusals, failures, and the end."""
+
+from contextlib import closing
+from functools import partial
+
+import pytest
+
+from jobs.errors import JournalError, MoveError
+from jobs.journal import Journal
+from jobs.writer import Writer
+from tests.harness import failing
+from tests.integration.test_journal import accept, claim
+
+
+class Desk:
+    """A writer, running jobs, and what is told of the writes that move them back."""
+
+    def __init__(self, journal):
+        self.journal = journal
+        self.asked: list[None] = []
+        self.told: list[tuple[str, object]] = []
+        self.writer = Writer(journal, on_write=lambda: self.asked.append(None))
+        for _ in range(3):
+            accept(journal)
+        self.jobs = [one.job.id for one in claim(journal)]
+
+    def hand_over(self, job_id, write=None, **options):
+        write = write or partial(self.journal.run_again, job_id, next_start_at=None)
+        self.writer.hand_over(write, lambda answer: self.told.append((job_id, answer)), **options)
+
+    def states(self):
+        return [self.journal.job(job_id).state for job_id in self.jobs]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with closing(Journal(tmp_path / "journal.db", on_lost=lambda: None)) as journal:
+        journal.open()
+        yield Desk(journal)
+
+
+def test_what_is_handed_over_together_shares_one_commit(desk):
+    for job_id in desk.jobs:
+        desk.hand_over(job_id)
+    assert (desk.writer.count(), len(desk.asked), desk.told) == (3, 3, [])
+
+    executed: list[str] = []
+    desk.journal._connection.set_trace_callback(executed.append)
+    desk.writer.write()
+
+    assert executed.count("COMMIT") == 1
+    assert desk.told == [(job_id, None) for job_id in desk.jobs]
+    assert (desk.states(), desk.writer.count()) == (["accepted"] * 3, 0)
+
+
+def test_a_move_that_is_refused_does_not_undo_the_others(desk):
+    first, _, third = desk.jobs
+    for job_id in (first, first, third):
+        desk.hand_over(job_id)
+
+    desk.writer.write()
+
+    assert [job_id for job_id, _ in desk.told] == [first, first, third]
+    assert [type(answer) for _, answer in desk.told] == [type(None), MoveError, type(None)]
+    assert desk.states() == ["accepted", "running", "accepted"]
+    assert desk.writer.failure is None
+
+
+def test_a_write_that_fails_is_tried_again_and_does_not_undo_the_others(desk):
+    first, second, third = desk.jobs
+    desk.hand_over(first)
+    desk.hand_over(second, partial(raise_at_first, [MemoryError, MemoryError]))
+    desk.hand_over(third)
+
+    desk.writer.write()
+    assert desk.told == [(first, None), (third, None)]
+    assert "MemoryError" in str(desk.writer.failure)
+
+    desk.writer.write(retry=True)
+    assert desk.told[2:] == [(second, "written")]
+    assert desk.writer.failure is None
+
+
+def raise_at_first(problems):
+    if problems:
+        raise problems.pop()
+    return "written"
+
+
+def test_a_write_that_may_fail_is_told_why(desk):
+    problem = ValueError("odd")
+
+    desk.hand_over("odd", partial(raise_at_first, [problem, problem]), may_fail=True)
+    desk.writer.write()
+
+    assert desk.told == [("odd", problem)]
+    assert desk.writer.failure is None
+
+
+def test_what_the_journal_refused_is_written_by_a_retry(desk):
+    for job_id in desk.jobs:
+        desk.hand_over(job_id)
+    with failing(desk.journal):
+        desk.writer.write()
+        desk.writer.write()  # without a retry it does not try again
+    assert (desk.told, desk.writer.count()) == ([], 0)
+    assert "readonly" in str(desk.writer.failure)
+
+    desk.writer.write(retry=True)
+
+    assert desk.told == [(job_id, None) for job_id in desk.jobs]
+    assert (desk.states(), desk.writer.failure) == (["accepted"] * 3, None)
+
+
+def test_after_the_end_everything_is_told_that_it_was_not_written(desk):
+    failed, waiting, late = desk.jobs
+    desk.hand_over(failed)
+    with failing(desk.journal):
+        desk.writer.write()
+    desk.hand_over(waiting)
+
+    desk.writer.close()
+    desk.hand_over(late)
+
+    assert sorted(job_id for job_id, _ in desk.told) == sorted(desk.jobs)
+    assert {type(answer) for _, answer in desk.told} == {JournalError}
+    assert desk.states() == ["running"] * 3
+
+
+def test_a_follow_up_that_fails_does_not_keep_others_from_being_told(desk, caplog):
+    desk.writer.hand_over(lambda: 0, lambda _: 1 / 0)
+    desk.hand_over(desk.jobs[0])
+
+    desk.writer.write()
+
+    assert desk.told == [(desk.jobs[0], None)]
+    assert caplog.messages == ["write not followed up"]
