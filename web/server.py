@@ -1,9 +1,10 @@
 """The server, and what all answers have in common: limits, tokens, problems in JSON.
 
-Owns bottle's application object and waitress. One loop reads requests, answers the short ones of
-each turn in one transaction, and sends these answers after its commit. All other requests may take
-long, so waitress's own threads answer them. What is refused is raised. Here, and only here, it
-becomes an `application/problem+json` document (RFC 9457).
+Owns bottle's application object and waitress. One loop reads requests, and answers the short ones.
+All others may take long, so waitress's own threads answer them, or check them and leave the rest to
+the loop. It stores what came together in one transaction, and sends the answers after its commit.
+What is refused is raised. Here, and only here, it becomes an `application/problem+json` document
+(RFC 9457).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -33,8 +34,7 @@ from waitress.task import ErrorTask, WSGITask
 from jobs import errors
 from web import intake, logs
 
-#: Requests that the loop itself answers when their body has at most SHORT_BYTES. They share
-#: commits, and no thread has to be woken for them.
+#: Requests that the loop itself answers when their body has at most SHORT_BYTES.
 SHORT = frozenset({("POST", "/process"), ("POST", "/postprocessed"), ("GET", "/livez")})
 SHORT_BYTES = 64 * 1024
 
@@ -231,12 +231,21 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         return is_busy and time.monotonic() < self._stop_at
 
     def _answer_short(self) -> None:
-        """Answer short requests in one transaction. Send the answers after its commit."""
+        """Answer what is short or was checked. Send the answers after the commit."""
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
+        self._store(batch)
+        for task in batch:
+            HTTPChannel.service(task.channel)
+        for task in batch:
+            task.follow_up()
+
+    def _store(self, batch: Sequence["_Task"]) -> None:
+        """Make the answers, in one transaction."""
         writing = batch
         try:
             for task in batch:
-                task.ask()
+                if not task.is_asked:
+                    task.ask()
             writing = [task for task in batch if task.writes]
             if writing:
                 with self._turn():
@@ -247,10 +256,6 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         except Exception:
             log.exception("requests not answered")
             _refuse_all(writing, errors.JournalError(_DETAILS[500]))
-        for task in batch:
-            HTTPChannel.service(task.channel)
-        for task in batch:
-            task.follow_up()
 
     def add_task(self, channel: "_Channel") -> None:
         """Have the next request of a connection answered by the loop, or by a thread."""
@@ -295,6 +300,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     _after: Iterable[Callable[[], None]] = ()
     _reason: str | None = None
+    is_asked = False
 
     def __init__(self, channel: "_Channel", request: Any) -> None:
         super().__init__(channel, request)
@@ -302,6 +308,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     def ask(self) -> None:
         """Have the application answer. Nothing is sent yet."""
+        self.is_asked = True
         if error := self.request.error:  # found by waitress
             detail = _DETAILS.get(error.code, error.body)
             self.refuse(errors.Refusal(error.code, error.reason, detail))
@@ -400,8 +407,10 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         """Answer the next request, in a thread. A job is accepted even if its caller has gone."""
         task = self.requests[0].task
         task.ask()
-        if task.writes:
-            task.store()
+        if task.writes:  # the loop goes on with it, so that it shares a commit
+            self.server.short.append(task)
+            self.server.pull_trigger()
+            return
         super().service()
         task.follow_up()
 

@@ -306,8 +306,10 @@ def gone(service):
 
 
 def named():
+    names = {"checks": threading.current_thread().name}
+
     def write():
-        return json_answer({"thread": threading.current_thread().name})
+        return json_answer(names | {"stores": threading.current_thread().name})
 
     bottle.request.environ["postback.write"] = write
 
@@ -326,13 +328,15 @@ def named():
         (post(path="/x"), False),
     ],
 )
-def test_the_loop_answers_what_is_short_and_threads_answer_the_rest(serve, sent, in_loop):
+def test_the_loop_checks_what_is_short_and_threads_the_rest_and_the_loop_stores_all(
+    serve, sent, in_loop
+):
     service = serve(dict.fromkeys(("/process", "/postprocessed", "/livez", "/x"), named))
 
-    name = json.loads(exchange(service, sent)[2])["thread"]
+    names = json.loads(exchange(service, sent)[2])
 
-    assert (name == "server") is in_loop
-    assert service.turn.count == in_loop
+    assert (names["checks"] == "server") is in_loop
+    assert (names["stores"], service.turn.count) == ("server", 1)
 
 
 def test_no_answer_leaves_before_the_commit(process):
