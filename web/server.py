@@ -272,9 +272,11 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         return bool(super().readable()) and time.monotonic() >= self._accept_at
 
     def handle_accept(self) -> None:
-        """Accept all connections that wait, so that their requests share a turn."""
+        """Accept connections that wait, so that their requests share a turn, but not too many."""
         try:
-            while accepted := self.accept():
+            for _ in range(MAX_TURN):
+                if not (accepted := self.accept()):
+                    break
                 connection, address = accepted
                 self.set_socket_options(connection)
                 _Channel(self, connection, address, self.adj, map=self._map)
