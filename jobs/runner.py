@@ -367,7 +367,8 @@ class Runner:
         """Claim the jobs that there is a place for, and start a thread for each."""
         with self._lock:
             jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        limit = min(self._max_running - len(jobs), self._executor.free())
+        places = self._max_running - len(jobs) - self._writer.count_failed()  # they are in memory
+        limit = min(places, self._executor.free())
         if limit <= 0:
             return
         shared = sum(job.alone == model.Alone.SHARED for job in jobs)

@@ -90,6 +90,10 @@ class Writer:
         """Return how many writes wait for `write`."""
         return len(self._writes)
 
+    def count_failed(self) -> int:
+        """Return how many of those that failed are to be tried again."""
+        return len(self._failed)
+
     def close(self) -> None:
         """Give up what could not be written, and what is handed over from now on."""
         self._is_closed = True
