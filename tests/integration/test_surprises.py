@@ -347,6 +347,30 @@ def test_a_log_line_that_fails_after_a_write_keeps_no_place(start_twice, fail, c
 # No thread, no memory
 
 
+def test_a_cancel_that_is_not_counted_still_frees_the_worker(start_hasty, fail):
+    service = start_hasty(EXECUTOR="process", WORKERS="1")
+    running = service.send(act("sleep", 60))
+    service.wait_for(running, "running")
+    has_failed = fail(service.service.metrics, "ended_analysis")
+
+    service.post(f"/jobs/{running}/cancel")
+
+    assert has_failed.is_set()
+    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
+    assert service.wait_for(running)["outcome"] == "canceled"
+
+
+def test_an_attempt_that_is_not_counted_is_followed_by_the_next_in_time(
+    start_hasty, receiver, fail
+):
+    receiver.answers = [500]
+    service = start_hasty(POSTBACK_SCHEDULE="50ms")
+    has_failed = fail(service.service.metrics, "attempted")
+
+    assert service.wait_for(service.send(1))["state"] == "delivered"
+    assert has_failed.is_set()
+
+
 def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start_hasty, fail):
     service, has_failed = start_hasty(MAX_RUNNING="1"), fail(Runner, "_prepare", times=2)
 
