@@ -74,7 +74,8 @@ class Writer:
         try:
             with self._journal.transaction():
                 answers = [_answer(one) for one in writes]
-        except Exception:  # noqa: BLE001 - it comes again, and then it is told
+        except Exception as exc:  # noqa: BLE001 - it is logged
+            _log(exc)
             answers = [self._write_alone(one) for one in writes]
         told = list(zip(writes, answers, strict=True))
         self._failed = failed + [one for one, answer in told if isinstance(answer, JournalError)]
@@ -109,7 +110,8 @@ class Writer:
                 return _answer(one)
         except JournalError as exc:
             return exc
-        except Exception as exc:  # noqa: BLE001 - it is told, or tried again
+        except Exception as exc:  # noqa: BLE001 - it is logged
+            _log(exc)
             return exc if one.may_fail else JournalError(f"A write failed: {exc!r}.")
 
 
@@ -121,6 +123,12 @@ def _answer(one: _Write) -> Any:
         raise
     except Refusal as exc:
         return exc
+
+
+def _log(exc: Exception) -> None:
+    if not isinstance(exc, JournalError):  # which was logged where it was seen
+        with contextlib.suppress(Exception):
+            log.error("write failed", exc_info=exc)
 
 
 def _tell(one: _Write, answer: Any) -> None:
