@@ -134,15 +134,13 @@ class Journal(Storage):
             UPDATE jobs SET state = 'running', starts = starts + 1, started_at = :now
              WHERE seq = :seq"""
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
+        moved = {"state": State.RUNNING, "started_at": now}
         with self.transaction():
             rows = self._fetch(startable, **limits)
             for row in rows:
                 self._write(move, seq=row["seq"], now=now)
-        moved = {"state": State.RUNNING, "started_at": now}
-        return [
-            Claimed(_job(row, starts=row["starts"] + 1, **moved), row["body"], row["kept"])
-            for row in rows
-        ]
+            jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
+        return [Claimed(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
 
     def keep(self, job_id: str, value: str) -> None:
         """Store what a running analysis wants to find when it is started again.
