@@ -18,8 +18,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -142,7 +141,6 @@ class Api:
         )
 
     def _accepted(self, job: model.Job) -> None:
-        self._runner.wake()
         self._metrics.accepted(job)
         log.info("job accepted", extra=job.facts)
 
@@ -187,10 +185,14 @@ class Api:
         shown["expires_at"] = job.ended_at and job.ended_at + retention
         return shown
 
-    def delete(self, job_id: str) -> bottle.HTTPResponse:
+    def delete(self, job_id: str) -> None:
         """Answer DELETE /jobs/<id>."""
-        self._journal.delete(job_id)
-        return bottle.HTTPResponse(status=204)
+
+        def write() -> bottle.HTTPResponse:
+            self._journal.delete(job_id)
+            return bottle.HTTPResponse(status=204)
+
+        bottle.request.environ["postback.write"] = write
 
     def result(self, job_id: str) -> bytes:
         """Answer GET /jobs/<id>/result: the bytes that a `result_url` stands for."""
@@ -200,15 +202,24 @@ class Api:
         bottle.response.content_type = "application/json"
         return self._journal.result(job_id)
 
-    def cancel(self, job_id: str) -> dict[str, Any]:
+    def cancel(self, job_id: str) -> None:
         """Answer POST /jobs/<id>/cancel."""
-        self._runner.cancel(job_id)
-        return self._summary(self._journal.job(job_id))
+        environ = bottle.request.environ
 
-    def resend(self, job_id: str) -> dict[str, Any]:
+        def write() -> bottle.HTTPResponse:
+            environ["postback.after"].append(self._runner.cancel(job_id))
+            return json_answer(self._summary(self._journal.current(job_id)))
+
+        environ["postback.write"] = write
+
+    def resend(self, job_id: str) -> None:
         """Answer POST /jobs/<id>/resend."""
-        self._runner.resend(job_id)
-        return self._summary(self._journal.job(job_id))
+
+        def write() -> bottle.HTTPResponse:
+            self._runner.resend(job_id)
+            return json_answer(self._summary(self._journal.current(job_id)))
+
+        bottle.request.environ["postback.write"] = write
 
     def resend_undelivered(self) -> dict[str, int]:
         """Answer POST /jobs/resend."""
@@ -286,11 +297,17 @@ class Service:
             sender=self._sender(own_url),
             metrics=self.metrics,
             job_url=lambda job_id: f"{self.base_url}/jobs/{job_id}",
+            wake=self.server.wake,
         )
         self.metrics.watch(self.journal)
         self._is_running = True  # from here on a stop has something to drain
         self.runner.start()
-        self.server.start(Api(self).application(), self._turn, self.metrics.answered)
+        self.server.start(
+            Api(self).application(),
+            lambda: self.journal.transaction(durable=True),
+            self.runner.work,
+            self.metrics.answered,
+        )
         gc.freeze()  # what is there now stays: the collector need not look at it again
 
     def _sender(self, own_url: str) -> postback.Sender:
@@ -306,16 +323,9 @@ class Service:
             ca_path=config.postback_ca_bundle,
         )
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the transaction in which the server answers the short requests of one turn."""
-        self.runner.let_catch_up()
-        with self.journal.transaction(durable=True):
-            yield
-
     def _on_change(self) -> None:
         if self._is_running:
-            self.runner.wake()
+            self.server.wake()
 
     def check(self) -> None:
         """Try what can be tried without the journal and the address.

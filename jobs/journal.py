@@ -460,6 +460,14 @@ class Journal(Storage):
         row = _one(self._read(statement, id=job_id, max_bytes=MAX_SHOWN_BYTES), job_id)
         return _job(row), row["payload"], row["event"], json.loads(row["attempts_made"])
 
+    def current(self, job_id: str) -> model.Job:
+        """Return one job as the open transaction sees it.
+
+        Raises:
+            Refusal: There is none (404).
+        """
+        return _job(_one(self._fetch("SELECT * FROM jobs WHERE id = :id", id=job_id), job_id))
+
     def result(self, job_id: str) -> bytes:
         """Return the result of a job as JSON.
 

@@ -13,13 +13,13 @@ log = logging.getLogger("postback")
 
 
 class _Write(NamedTuple):
-    write: Callable[[], Any]
+    write: Callable[[], Any] | None
     then: Callable[[Any], None]
     may_fail: bool
 
 
 class Writer:
-    """Does what threads hand over. `hand_over` may be called from any thread.
+    """Does what threads hand over. `hand_over` may be called from any thread, the rest by one.
 
     Args:
         journal: What is written to.
@@ -34,26 +34,26 @@ class Writer:
         self._on_write = on_write
         self._writes: deque[_Write] = deque()
         self._failed: list[_Write] = []  # to be tried again
-        self._is_closed = False
         self.failure: JournalError | None = None
 
     def hand_over(
-        self, write: Callable[[], Any], then: Callable[[Any], None], *, may_fail: bool = False
+        self,
+        write: Callable[[], Any] | None,
+        then: Callable[[Any], None],
+        *,
+        may_fail: bool = False,
     ) -> None:
         """Have something written.
 
         Args:
             write: Changes the journal, inside a transaction. It is tried again until the journal
-                takes it, or until `close`.
+                takes it. None for nothing.
             then: Is given what `write` returned, after the commit; or the Refusal that it raised,
-                mostly a MoveError; or, after `close`, a JournalError.
-            may_fail: `then` is also given any other exception.
+                mostly a MoveError.
+            may_fail: `then` is also given any other exception than a JournalError.
         """
         self._writes.append(_Write(write, then, may_fail))
-        if self._is_closed:
-            self.close()
-        else:
-            self._on_write()
+        self._on_write()
 
     def write(self, *, retry: bool = False) -> None:
         """Write what was handed over, in one transaction.
@@ -87,22 +87,9 @@ class Writer:
         if isinstance(self.failure, JournalLost):
             raise self.failure
 
-    def count(self) -> int:
-        """Return how many writes wait for `write`."""
-        return len(self._writes)
-
     def count_failed(self) -> int:
         """Return how many of those that failed are to be tried again."""
         return len(self._failed)
-
-    def close(self) -> None:
-        """Give up what could not be written, and what is handed over from now on."""
-        self._is_closed = True
-        self._writes.extend(self._failed)
-        self._failed = []
-        with contextlib.suppress(IndexError):  # another thread may do the same
-            while True:
-                _tell(self._writes.popleft(), JournalError("The service stops."))
 
     def _write_alone(self, one: _Write) -> Any:
         try:
@@ -118,7 +105,7 @@ class Writer:
 def _answer(one: _Write) -> Any:
     """Return what a write returns, or how the state of its job did not allow it."""
     try:
-        return one.write()
+        return one.write() if one.write else None
     except JournalError:
         raise
     except Refusal as exc:

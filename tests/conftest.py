@@ -119,7 +119,7 @@ def start(monkeypatch):
     for one in started:
         one.stop()
     left = set(threading.enumerate()) - before
-    assert not [thread.name for thread in left if thread.name in ("server", "scheduler")]
+    assert not [thread.name for thread in left if thread.name == "server"]
 
 
 @pytest.fixture

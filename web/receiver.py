@@ -7,13 +7,13 @@ its commit. It answers garbage with 401 or 400, never 500.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,9 +37,9 @@ MAX_DEPTH = 200
 #: The largest event that a receiver alone takes: as large as a result may be.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
-#: A receiver alone removes old postbacks so often, at most so many each time.
+#: A receiver alone removes old postbacks so often at least, and at most so many each time.
 PRUNE_SECONDS = 10.0
-PRUNE_LIMIT = 1000
+PRUNE_LIMIT = 100
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -116,8 +116,8 @@ def main() -> None:
         print(exc, file=sys.stderr)
         sys.exit(78)
     application = _application(options.host, journal, settings)
-    server.start(application, lambda: journal.transaction(durable=True))
-    threading.Thread(target=_prune, args=(journal, settings), daemon=True).start()
+    prune = functools.partial(_prune, journal, settings)
+    server.start(application, lambda: journal.transaction(durable=True), prune)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{server.port}/postprocessed"
     _print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}")
@@ -144,14 +144,13 @@ def _refuse_path(_: bottle.HTTPError) -> NoReturn:
     raise errors.Refusal(404, "Not found", detail)
 
 
-def _prune(journal: Journal, settings: config.Config) -> None:
+def _prune(journal: Journal, settings: config.Config) -> float:
     """Remove postbacks that are older than any attempt that could repeat them."""
     seconds = max(settings.retention_seconds, sum(settings.postback_schedule_seconds))
-    while True:
-        with contextlib.suppress(errors.JournalError):  # logged where it was found
-            before = model.utc_now() - timedelta(seconds=seconds)
-            journal.prune_received(before=before, limit=PRUNE_LIMIT)
-        threading.Event().wait(PRUNE_SECONDS)
+    with contextlib.suppress(errors.JournalError):  # logged where it was found
+        before = model.utc_now() - timedelta(seconds=seconds)
+        journal.prune_received(before=before, limit=PRUNE_LIMIT)
+    return PRUNE_SECONDS
 
 
 def _print(text: str) -> None:

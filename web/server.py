@@ -31,7 +31,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, WSGITask
 
-from jobs import errors
+from jobs import errors, model
 from web import intake, logs
 
 #: Requests that the loop itself answers when their body has at most SHORT_BYTES.
@@ -179,6 +179,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.short: deque[_Task] = deque()  # threads append to it too: pipelined requests
         self.silent = _Silent(self.active_channels, self._map) if hasattr(select, "epoll") else None
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+        self._is_woken = False
         self._accept_at = 0.0
         self._stop_at = math.inf
 
@@ -186,6 +187,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self,
         application: Callable[..., Iterable[bytes]],
         turn: Callable[[], AbstractContextManager[Any]],
+        work: Callable[[], float] = lambda: TICK_SECONDS,
         on_answer: Callable[[logs.Answer], None] = lambda _: None,
     ) -> None:
         """Begin to answer.
@@ -196,9 +198,12 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 `environ["postback.after"]` is called once the answer was sent.
             turn: A transaction for the short requests of a turn. If it fails, the answers of those
                 that write become a 503, and what they appended is not called.
+            work: What else the loop does after each turn. Returns after how many seconds to call it
+                again at the latest.
             on_answer: Is called with each answer that was sent.
         """
-        self.application, self._turn, self.on_answer = application, turn, on_answer
+        self.application, self._turn, self._work = application, turn, work
+        self.on_answer = on_answer
         self._thread.start()
 
     def stop(self) -> None:
@@ -212,15 +217,24 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 channel.handle_close()
             wasyncore.close_all(self._map)
 
+    def wake(self) -> None:
+        """Have the loop look for what there is to do. Any thread may call it."""
+        if not self._is_woken and self._thread.is_alive():
+            self._is_woken = True
+            self.pull_trigger()
+
     def _begin_stop(self) -> None:
         self._accept_at, self._stop_at = math.inf, time.monotonic() + STOP_SECONDS
 
     def _run(self) -> None:
+        seconds = 0.0
         while self._stop_at == math.inf or self._is_answering():
             try:
-                wasyncore.poll2(0.0 if self.short else TICK_SECONDS, self._map)
+                wasyncore.poll2(0.0 if self.short else min(seconds, TICK_SECONDS), self._map)
+                self._is_woken = False
                 if self.short:
                     self._answer_short()
+                seconds = self._work()
             except Exception:
                 log.exception("server failed")
                 threading.Event().wait(PAUSE_SECONDS)
@@ -411,7 +425,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         task.ask()
         if task.writes:  # the loop goes on with it, so that it shares a commit
             self.server.short.append(task)
-            self.server.pull_trigger()
+            self.server.wake()
             return
         super().service()
         task.follow_up()
@@ -482,7 +496,7 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
 
 def json_answer(fields: Mapping[str, Any], status_code: int = 200) -> bottle.HTTPResponse:
     """Return an answer in JSON."""
-    answer = bottle.HTTPResponse(json.dumps(fields), status_code)
+    answer = bottle.HTTPResponse(json.dumps(fields, default=model.text_of), status_code)
     answer.content_type = "application/json"
     return answer
 

@@ -434,7 +434,7 @@ def is_due_in_time(job: model.Job, now: datetime) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "logged"),
-    [("claim", "scheduler failed"), ("record", "write failed")],
+    [("claim", "runner failed"), ("record", "write failed")],
 )
 def test_g27_whatever_is_raised_unexpectedly_is_logged_and_the_work_goes_on(
     start, monkeypatch, caplog, name, logged

@@ -54,7 +54,7 @@ class Service:
         self.answered = threading.Condition()
         self.server = Server(host=host, port=0, max_body_bytes=MAX_BODY)
         self.base_url = f"http://127.0.0.1:{self.server.port}"
-        self.server.start(application, self.turn, self.told)
+        self.server.start(application, self.turn, on_answer=self.told)
 
     def told(self, answer):
         with self.answered:

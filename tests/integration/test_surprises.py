@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from jobs import executor, runner
 from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
-from jobs.model import Again, State
+from jobs.model import Again
 from jobs.runner import Runner
 from tests.conftest import ACT
 from tests.harness import ROOT, Caller, act, environment, events, free_port, poll, refusal
@@ -146,23 +146,6 @@ def run():
 # A cancel
 
 
-def cancel_when(monkeypatch, moment, cancel):
-    """Call `cancel` when a claim was committed, before its thread starts, or before it runs."""
-    if moment == "committed":
-        commit = Journal.transaction
-
-        @contextmanager
-        def transaction(self, **options):
-            with commit(self, **options):
-                yield
-            cancel()
-
-        monkeypatch.setattr(Journal, "transaction", transaction)
-        return
-    owner, name = (threading.Thread, "start") if moment == "thread" else (WorkerExecutor, "run")
-    do_before(monkeypatch, owner, name, cancel)
-
-
 def do_before(monkeypatch, owner, name, do):
     """Call `do` before each call of a method."""
     original = getattr(owner, name)
@@ -174,53 +157,25 @@ def do_before(monkeypatch, owner, name, do):
     monkeypatch.setattr(owner, name, late)
 
 
-@pytest.mark.parametrize("moment", ["committed", "thread", "executor"])
-def test_a_cancel_just_after_the_claim_frees_the_worker_and_posts_no_result(
-    start_hasty, receiver, monkeypatch, tmp_path, moment
+def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_result(
+    start_hasty, receiver, monkeypatch, tmp_path
 ):
-    service, once = start_hasty(EXECUTOR="process", WORKERS="1"), threading.Lock()
+    service = start_hasty(EXECUTOR="process", WORKERS="1")
     canceled: list[str] = []
 
     def cancel():
-        for job in service.journal.page(state=State.RUNNING, limit=1, before=None):
-            if once.acquire(blocking=False):
-                canceled.append(job.id)
-                service.service.runner.cancel(job.id)
+        if not canceled:
+            canceled.extend(job["id"] for job in service.get("/jobs?state=running").json()["jobs"])
+            assert service.post(f"/jobs/{canceled[0]}/cancel").status_code == 200
 
-    cancel_when(monkeypatch, moment, cancel)
+    do_before(monkeypatch, WorkerExecutor, "run", cancel)
     hung = service.send(act("hang", str(tmp_path / "hung")))
     other = service.send(1)
 
     assert service.wait_for(other)["outcome"] == "succeeded"
     assert service.wait_for(hung)["outcome"] == "canceled"
-    assert canceled == [hung]
     posted = {event["data"]["id"]: event["data"]["outcome"] for event in events(receiver.requests)}
     assert posted == {hung: "canceled", other: "succeeded"}
-
-
-def test_a_cancel_whose_event_is_posted_before_it_is_followed_up_frees_the_worker(
-    start_hasty, receiver, monkeypatch, tmp_path
-):
-    service = start_hasty(EXECUTOR="process", WORKERS="1")
-    has_come, go_on = threading.Event(), threading.Event()
-
-    def come():
-        has_come.set()
-        assert go_on.wait(10)
-
-    def post_the_event():
-        service.service.runner._look_for_attempts(0.0)  # as any other job that ends does
-        receiver.wait_for(1)
-
-    do_before(monkeypatch, WorkerExecutor, "run", come)
-    do_before(monkeypatch, Runner, "_ended", post_the_event)
-    hung = service.send(act("hang", str(tmp_path / "hung")))
-    assert has_come.wait(10)
-    service.service.runner.cancel(hung)
-    go_on.set()
-
-    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
-    assert service.wait_for(hung)["outcome"] == "canceled"
 
 
 # A journal that fails once
@@ -278,7 +233,7 @@ def test_a_large_event_that_the_journal_refuses_takes_one_place_and_no_other_job
 
     limit_pages(service.journal, more=10_000)
     service.service.runner._tick_at = 0.0
-    service.service.runner.wake()
+    service.service.server.wake()
     assert service.wait_for(large)["state"] == "delivered"
     assert service.get("/readyz").status_code == 200
 
@@ -355,7 +310,7 @@ def test_a_cancel_that_is_not_counted_still_frees_the_worker(start_hasty, fail):
 
     service.post(f"/jobs/{running}/cancel")
 
-    assert has_failed.is_set()
+    assert has_failed.wait(10)
     assert service.wait_for(service.send(1))["outcome"] == "succeeded"
     assert service.wait_for(running)["outcome"] == "canceled"
 

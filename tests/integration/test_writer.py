@@ -1,11 +1,11 @@
-"""The writes of many threads: shared commits, refusals, failures, and the end."""
+"""The writes of many threads: shared commits, refusals and failures."""
 
 from contextlib import closing
 from functools import partial
 
 import pytest
 
-from jobs.errors import JournalError, MoveError
+from jobs.errors import MoveError
 from jobs.journal import Journal
 from jobs.writer import Writer
 from tests.harness import failing
@@ -42,7 +42,7 @@ def desk(tmp_path):
 def test_what_is_handed_over_together_shares_one_commit(desk):
     for job_id in desk.jobs:
         desk.hand_over(job_id)
-    assert (desk.writer.count(), len(desk.asked), desk.told) == (3, 3, [])
+    assert (len(desk.asked), desk.told) == (3, [])
 
     executed: list[str] = []
     desk.journal._connection.set_trace_callback(executed.append)
@@ -50,7 +50,7 @@ def test_what_is_handed_over_together_shares_one_commit(desk):
 
     assert executed.count("COMMIT") == 1
     assert desk.told == [(job_id, None) for job_id in desk.jobs]
-    assert (desk.states(), desk.writer.count()) == (["accepted"] * 3, 0)
+    assert desk.states() == ["accepted"] * 3
 
 
 def test_a_move_that_is_refused_does_not_undo_the_others(desk):
@@ -103,28 +103,13 @@ def test_what_the_journal_refused_is_written_by_a_retry(desk):
     with failing(desk.journal):
         desk.writer.write()
         desk.writer.write()  # without a retry it does not try again
-    assert (desk.told, desk.writer.count()) == ([], 0)
+    assert (desk.told, desk.writer.count_failed()) == ([], 3)
     assert "readonly" in str(desk.writer.failure)
 
     desk.writer.write(retry=True)
 
     assert desk.told == [(job_id, None) for job_id in desk.jobs]
     assert (desk.states(), desk.writer.failure) == (["accepted"] * 3, None)
-
-
-def test_after_the_end_everything_is_told_that_it_was_not_written(desk):
-    failed, waiting, late = desk.jobs
-    desk.hand_over(failed)
-    with failing(desk.journal):
-        desk.writer.write()
-    desk.hand_over(waiting)
-
-    desk.writer.close()
-    desk.hand_over(late)
-
-    assert sorted(job_id for job_id, _ in desk.told) == sorted(desk.jobs)
-    assert {type(answer) for _, answer in desk.told} == {JournalError}
-    assert desk.states() == ["running"] * 3
 
 
 def test_a_follow_up_that_fails_does_not_keep_others_from_being_told(desk, caplog):
