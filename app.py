@@ -289,12 +289,13 @@ class Service:
         own_url = _own_url(config.host, self.server.port)
         self.base_url = config.public_url or own_url
         self.postback_url = config.postback_url or f"{own_url}/postprocessed"
+        own_origins = frozenset(outbound.parts(url).origin for url in (self.base_url, own_url))
         self.runner = Runner(
             config=config,
             max_running=_places(config),
             journal=self.journal,
             executor=self._executor,
-            sender=self._sender(own_url),
+            sender=postback.Sender(config, url=self.postback_url, own_origins=own_origins),
             metrics=self.metrics,
             job_url=lambda job_id: f"{self.base_url}/jobs/{job_id}",
             wake=self.server.wake,
@@ -309,19 +310,6 @@ class Service:
             self.metrics.answered,
         )
         gc.freeze()  # what is there now stays: the collector need not look at it again
-
-    def _sender(self, own_url: str) -> postback.Sender:
-        config = self.config
-        return postback.Sender(
-            url=self.postback_url,
-            own_origins=frozenset(outbound.parts(url).origin for url in (self.base_url, own_url)),
-            policy=config.postback_allow,
-            secrets=config.postback_secret,
-            headers=config.postback_headers,
-            timeout_seconds=config.postback_timeout_seconds,
-            schedule=config.postback_schedule_seconds,
-            ca_path=config.postback_ca_bundle,
-        )
 
     def _on_change(self) -> None:
         if self._is_running:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import postback
 from jobs import errors
 from web import outbound, signatures
 
@@ -30,6 +29,11 @@ _MAX_SECONDS = 10 * 365 * 86400.0
 _MAX_BYTES = 1024**3
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\n[ -~]*")  # RFC 9110, section 5.6.2
+
+# What an attempt sets itself.
+_RESERVED = re.compile(
+    r"webhook-.*|content-.*|host|transfer-encoding|connection|accept-encoding|user-agent"
+)
 
 # Kubernetes sets these in every container of a namespace, for each Service named postback-...
 _KUBERNETES = re.compile(
@@ -109,7 +113,7 @@ def headers(text: str) -> Mapping[str, str]:
         value = json.loads(text)
         fit = all(_HEADER.fullmatch(name + "\n" + line) for name, line in value.items())
     _checked(value, fit, 'a JSON object of headers such as {"Authorization": "Bearer ..."}')
-    ours = [name for name in value if postback.RESERVED_HEADERS.fullmatch(name.lower())]
+    ours = [name for name in value if _RESERVED.fullmatch(name.lower())]
     return _checked(value, not ours, f"other headers than {', '.join(ours)}, which Postback sets")
 
 

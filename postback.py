@@ -6,16 +6,15 @@ be reached, and sends the request.
 
 import http.client
 import random
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import requests
 import requests.adapters
 
+from config import Config
 from jobs import errors, model
 from web import outbound, signatures
 
@@ -30,11 +29,6 @@ JITTER = 0.2
 
 #: How much of a failed answer the operator sees, in characters.
 MAX_ANSWER = 512
-
-#: What the operator cannot set with POSTBACK_HEADERS.
-RESERVED_HEADERS = re.compile(
-    r"webhook-.*|content-.*|host|transfer-encoding|connection|accept-encoding|user-agent"
-)
 
 
 def seconds_until_next(
@@ -61,54 +55,37 @@ class Sender:
     """Makes attempts, from any number of threads.
 
     Args:
+        config: What it says about postbacks.
         url: Where events go unless the caller named another URL.
         own_origins: The receivers that share our secrets, besides the origin of `url`. Each other
             receiver has secrets of its own, so that none can forge an event to another.
-        policy: Which URLs of callers are allowed. It is asked again at each attempt.
-        secrets: Sign the events. More than one while they are rotated, none for no signature.
-        headers: What the operator adds to each attempt. They may contain a token, so they are not
-            sent to URLs that only `*` allows.
-        timeout_seconds: The limit for a whole attempt, by the wall clock.
-        schedule: Seconds to wait after attempt 1, 2, 3, ...
-        ca_path: A file with the certificates to trust in place of the usual ones.
         clock: Gives the aware instant that is signed.
         random: Gives a number from 0 to 1, for the jitter.
     """
 
     def __init__(
         self,
+        config: Config,
         *,
         url: str,
         own_origins: frozenset[str] = frozenset(),
-        policy: outbound.Policy,
-        secrets: Sequence[str],
-        headers: Mapping[str, str],
-        timeout_seconds: float,
-        schedule: Sequence[float],
-        ca_path: Path | None = None,
         clock: Callable[[], datetime] = model.utc_now,
         random: Callable[[], float] = random.random,
     ) -> None:
+        self._config = config
         self._url = url
         self._own_origins = own_origins | {outbound.parts(url).origin}
-        self._policy = policy
-        self._secrets = tuple(secrets)
-        self._headers = dict(headers)
-        self._timeout_seconds = timeout_seconds
-        self._schedule = tuple(schedule)
         self._clock = clock
         self._random = random
+        ca_path = str(config.postback_ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH)
         # Two, because a kept connection to a private address must not serve a URL that only `*`
         # allows.
         self._adapters = {
-            public_only: outbound.CurlAdapter(
-                ca_path=str(ca_path or requests.adapters.DEFAULT_CA_BUNDLE_PATH),
-                public_only=public_only,
-            )
+            public_only: outbound.CurlAdapter(ca_path=ca_path, public_only=public_only)
             for public_only in (False, True)
         }
         #: No attempt is due later than this after another.
-        longest_seconds = max(self._schedule, default=0.0) * (1 + JITTER)
+        longest_seconds = max(config.postback_schedule_seconds, default=0.0) * (1 + JITTER)
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
 
     def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
@@ -121,11 +98,14 @@ class Sender:
         attempted_at, started = self._clock(), time.monotonic()
         answer, is_public_only = None, False
         try:
-            is_public_only = job.postback_url is not None and self._policy.check(job.postback_url)
+            url, policy = job.postback_url, self._config.postback_allow
+            is_public_only = url is not None and policy.check(url)
             is_trusted = not is_public_only
             request = self._request(job, event, timestamp=attempted_at, is_trusted=is_trusted)
             # Not with a Session: it adds cookies and .netrc, and doubles the cost.
-            answer = self._adapters[is_public_only].send(request, timeout=self._timeout_seconds)
+            answer = self._adapters[is_public_only].send(
+                request, timeout=self._config.postback_timeout_seconds
+            )
             error = _fault(answer.status_code)
         except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
             error = _reason(exc)
@@ -149,7 +129,7 @@ class Sender:
         is_final = status_code == 410 or headers.get("webhook-delivery") == "abort-message"
         until_next = seconds_until_next(
             job.attempts + 1 - job.resent_after,  # a resend has the whole schedule before it
-            self._schedule,
+            self._config.postback_schedule_seconds,
             retry_after_seconds=asked_seconds,
             random=self._random,
         )
@@ -175,7 +155,7 @@ class Sender:
         """
         own = {
             name: text
-            for name, text in self._headers.items()
+            for name, text in self._config.postback_headers.items()
             if is_trusted and name.lower() not in job.forwarded
         }
         target = outbound.parts(job.postback_url or self._url)
@@ -188,9 +168,11 @@ class Sender:
             "webhook-id": job.id,
             "webhook-timestamp": str(int(timestamp.timestamp())),
             "webhook-attempt": str(job.attempts + 1),
-            "webhook-attempt-max": str(job.resent_after + len(self._schedule) + 1),
+            "webhook-attempt-max": str(
+                job.resent_after + len(self._config.postback_schedule_seconds) + 1
+            ),
         }
-        if self._secrets:
+        if self._config.postback_secret:
             headers["webhook-signature"] = signatures.sign(
                 self._secrets_for(target.origin),
                 webhook_id=job.id,
@@ -204,8 +186,8 @@ class Sender:
 
     def _secrets_for(self, origin: str) -> Sequence[str]:
         if origin in self._own_origins:
-            return self._secrets
-        return [signatures.secret_for(secret, origin) for secret in self._secrets]
+            return self._config.postback_secret
+        return [signatures.secret_for(secret, origin) for secret in self._config.postback_secret]
 
 
 def _fault(status_code: int) -> str | None:

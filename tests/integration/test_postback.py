@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ import pycurl
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
+import config
 import postback
 from jobs import errors, model
 from tests import receiver as script
@@ -35,6 +37,24 @@ CLOSED = "the connection was closed without an answer"
 NOT_HTTP = "the answer is not proper HTTP"
 
 
+#: How a test calls what a sender takes from the configuration.
+SETTINGS = {
+    "policy": "postback_allow",
+    "secrets": "postback_secret",
+    "headers": "postback_headers",
+    "timeout_seconds": "postback_timeout_seconds",
+    "schedule": "postback_schedule_seconds",
+    "ca_path": "postback_ca_bundle",
+}
+
+
+def sender_to(url, *, clock=lambda: NOW, random=lambda: 0.5, own_origins=frozenset(), **changes):
+    settings = {"timeout_seconds": 5.0, "schedule": [2.0] * 7, **changes}
+    changed = replace(config.load(), **{SETTINGS[name]: settings[name] for name in settings})
+    options = {"clock": clock, "random": random, "own_origins": own_origins}
+    return postback.Sender(changed, url=url, **options)
+
+
 @pytest.fixture
 def receiver():
     with Receiver() as one:
@@ -48,16 +68,7 @@ def sender_with(monkeypatch):
 
     def make(url, *, resolve="", **changes):
         monkeypatch.setitem(outbound._OPTIONS, pycurl.RESOLVE, [resolve] if resolve else [])
-        options = {
-            "policy": outbound.Policy.of(""),
-            "secrets": [],
-            "headers": {},
-            "timeout_seconds": 5.0,
-            "schedule": [2.0] * 7,
-            "clock": lambda: NOW,
-            "random": lambda: 0.5,
-        }
-        senders.append(postback.Sender(url=url, **{**options, **changes}))
+        senders.append(sender_to(url, **changes))
         return senders[-1]
 
     yield make
@@ -516,9 +527,8 @@ from tests.receiver import Receiver
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Receiver() as receiver:
     fcntl.ioctl(silent, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS: up
     silent.bind(("127.0.0.1", 53))
-    options = {"secrets": (), "headers": {}, "timeout_seconds": 0.3, "schedule": (1,)}
     policy = test.outbound.Policy.of(f"http://fast.example:{receiver.port}")
-    sender = test.postback.Sender(url="http://slow.example/", policy=policy, **options)
+    sender = test.sender_to("http://slow.example/", policy=policy, timeout_seconds=0.3)
     slow = test.attempt(sender)
     fast = test.attempt(sender, f"http://fast.example:{receiver.port}/")
     began = time.monotonic()

@@ -16,7 +16,7 @@ from tests.harness import ROOT
 #: A module imports only modules of ours that stand before it.
 ORDER = [
     *("processing", "jobs.errors", "jobs.model", "jobs.worker"),
-    *("web.intake", "web.outbound", "web.signatures", "postback", "config"),
+    *("web.intake", "web.outbound", "web.signatures", "config", "postback"),
     *("jobs.storage", "jobs.journal", "jobs.executor", "jobs.dask_executor"),
     *(
         "web.logs",
