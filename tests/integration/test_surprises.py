@@ -178,6 +178,22 @@ def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_
     assert posted == {hung: "canceled", other: "succeeded"}
 
 
+def test_a_cancel_that_cannot_be_committed_is_refused_and_the_job_goes_on(
+    start_hasty, gate, monkeypatch
+):
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=FullDisk))
+    service = start_hasty()
+    job_id = service.send(gate.data)
+    gate.wait_for(1)
+
+    monkeypatch.setattr(FullDisk, "is_full", True)
+    assert refusal(service.post(f"/jobs/{job_id}/cancel"), 503)
+    monkeypatch.setattr(FullDisk, "is_full", False)
+    gate.open()
+
+    assert service.wait_for(job_id)["outcome"] == "succeeded"
+
+
 # A journal that fails once
 
 
