@@ -231,7 +231,8 @@ class Storage:
         with contextlib.suppress(Exception):  # it is committed, whatever happens now
             if transaction.durable:
                 self._on_commit(time.perf_counter() - transaction.began)
-            if self._failure:
+            # A commit without changes does not touch the disk.
+            if self._failure and self._count_changes() != transaction.changes_before:
                 self._failure = None
                 log.warning("journal recovered")
 
@@ -322,10 +323,11 @@ class Transaction:
     Attributes:
         durable: Whether its commit must survive a power cut.
         began: When its first statement was executed (perf_counter); None before.
+        changes_before: How many rows the connection had changed when it was entered.
         failure: Why it can no longer be committed.
     """
 
-    __slots__ = ("_changes", "_outer", "_storage", "began", "durable", "failure")
+    __slots__ = ("_outer", "_storage", "began", "changes_before", "durable", "failure")
 
     def __init__(self, storage: Storage, *, durable: bool) -> None:
         self._storage, self.durable = storage, durable
@@ -342,7 +344,7 @@ class Transaction:
         elif self._outer.durable < self.durable:
             storage._lock.release()
             raise AssertionError("A durable transaction cannot be part of one that is not.")
-        self._changes = storage._count_changes()
+        self.changes_before = storage._count_changes()
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
         """Commit, unless something failed or this is only a part."""
@@ -350,7 +352,7 @@ class Transaction:
         try:
             if outer is None:
                 storage._end(self, commit=exc is None)
-            elif exc and storage._count_changes() != self._changes:
+            elif exc and storage._count_changes() != self.changes_before:
                 # Half of it must not be committed.
                 outer.failure = outer.failure or JournalError("A part of the transaction failed.")
         finally:
