@@ -372,8 +372,9 @@ class _Task(WSGITask):  # type: ignore[misc]
         if self.request.error or self.channel.total_outbufs_len > MAX_UNSENT_BYTES:
             self.set_close_on_finish()
         self.content_length, self.complete = len(self._body), True
+        is_head = getattr(self.request, "command", "") == "HEAD"
         try:
-            self.write(self._body)
+            self.write(b"" if is_head else self._body)
         except OSError:  # as with a full disk; waitress has counted wrongly now
             self.channel.will_close = True
             raise
