@@ -66,7 +66,8 @@ HEADROOM_BYTES = 64 * 1024
 
 #: What bottle and waitress refuse. Their own words would repeat the URL or name other limits.
 _DETAILS = {
-    404: "There is nothing at this path; see GET /openapi.json.",
+    404: "There is nothing at this path. The routes of the service are in GET /openapi.json. "
+    "Postbacks are received at /postprocessed.",
     405: "This path does not allow this method; the header Allow lists the methods it allows.",
     413: "The body is far too large; send at most MAX_BODY bytes.",
     431: "The headers are too large; send at most 32 KiB.",
