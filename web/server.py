@@ -85,6 +85,9 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
+# Made once, because json.dumps() with a hook makes an encoder for each call.
+_ENCODE = json.JSONEncoder(default=model.text_of).encode
+
 _LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1")
 
 log = logging.getLogger("postback")
@@ -218,14 +221,11 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def wake(self) -> None:
         """Have the loop look for what there is to do. Any thread may call it."""
-        if self._thread.is_alive():
-            self.pull_trigger()
-
-    def pull_trigger(self) -> None:
-        """Wake the loop, unless it is awake and has yet to look for what there is to do."""
-        if not self._is_awake:
+        if not self._is_awake and self._thread.is_alive():
             self._is_awake = True
-            super().pull_trigger()
+            self.trigger.pull_trigger()
+
+    pull_trigger = wake  # waitress calls it after each answer
 
     def _begin_stop(self) -> None:
         self.accepting, self._stop_at = False, time.monotonic() + STOP_SECONDS
@@ -369,13 +369,16 @@ class _Task(WSGITask):  # type: ignore[misc]
         self._body = answer.body.encode()
 
     def execute(self) -> None:
-        """Send the answer."""
+        """Send the answer: in one piece, unless it is so long that joining it takes time."""
         if self.request.error or self.channel.total_outbufs_len > MAX_UNSENT_BYTES:
             self.set_close_on_finish()
-        self.content_length, self.complete = len(self._body), True
+        self.content_length = len(self._body)
         is_head = getattr(self.request, "command", "") == "HEAD"
+        pieces = [self.build_response_header(), b"" if is_head else self._body]
+        self.wrote_header = True
         try:
-            self.write(b"" if is_head else self._body)
+            for piece in [b"".join(pieces)] if self.content_length <= SHORT_BYTES else pieces:
+                self.channel.write_soon(piece)
         except OSError:  # as with a full disk; waitress has counted wrongly now
             self.channel.will_close = True
             raise
@@ -498,8 +501,7 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
 
 def json_answer(fields: Mapping[str, Any], status_code: int = 200) -> bottle.HTTPResponse:
     """Return an answer in JSON."""
-    text = json.dumps(fields, default=model.text_of)
-    return bottle.HTTPResponse(text, status_code, content_type="application/json")
+    return bottle.HTTPResponse(_ENCODE(fields), status_code, content_type="application/json")
 
 
 def _problem(refusal: errors.Refusal) -> bottle.HTTPResponse:
