@@ -182,20 +182,20 @@ class Policy:
             Refusal: The URL is not allowed.
         """
         try:
-            scheme, host, *_ = found = parts(url)
+            scheme, host, origin, _ = parts(url)
         except errors.Refusal as exc:
             raise _refused(f"postback_url: {exc.detail}") from exc
-        if found.origin in self.allow:
+        if origin in self.allow:
             return False
         if not self.any_public_https:
-            problem = f"{found.origin} is not listed in POSTBACK_ALLOW."
+            problem = f"{origin} is not listed in POSTBACK_ALLOW."
         elif scheme != "https":
             problem = "The URL must begin with https://."
         elif _ip(host) and not is_public(host):
             problem = f"{host} is not a public address."
         else:
             return True
-        hint = f"To allow it, the operator adds {found.origin} to POSTBACK_ALLOW."
+        hint = f"To allow it, the operator adds {origin} to POSTBACK_ALLOW."
         raise _refused(f"postback_url: {problem} {hint}")
 
 
