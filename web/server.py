@@ -235,7 +235,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         while self._stop_at == math.inf or self._is_answering():
             try:
                 wasyncore.poll2(0.0 if self.short else min(seconds, TICK_SECONDS), self._map)
-                self._is_awake = True
+                self._is_awake = True  # so that an answer of its own does not wake it
                 self._answer_short()
                 self._is_awake = False
                 seconds = self._work()
@@ -254,8 +254,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         for task in batch:
             if not task.to_store:  # otherwise a thread has asked
                 task.run(task.ask)
-        if storing := [task for task in batch if task.to_store]:
-            self._store(storing)
+        if writing := [task for task in batch if task.to_store]:
+            self._store(writing)
         for task in batch:
             HTTPChannel.service(task.channel)
         for task in batch:
@@ -268,11 +268,13 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 for task in tasks:
                     task.run(task.store)
         except Exception as exc:
-            known = exc if isinstance(exc, errors.JournalError) else None
-            if not known:  # otherwise it was logged where it was found
+            failure = errors.JournalError(_DETAILS[500])
+            if isinstance(exc, errors.JournalError):  # logged where it was found
+                failure = exc
+            else:
                 log.exception("requests not answered")
             for task in tasks:
-                task.refuse(known or errors.JournalError(_DETAILS[500]))
+                task.refuse(failure)
 
     def add_task(self, channel: "_Channel") -> None:
         """Have the next request of a connection answered by the loop, or by a thread."""
