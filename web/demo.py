@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
-from urllib.error import HTTPError
+
+import requests
 
 ROOT = Path(__file__).parent.parent
 PAYLOAD_PATH = ROOT / "docs" / "examples" / "iris.json"
@@ -36,19 +36,6 @@ MAX_LINES = 30
 #: Settings that would send the demo elsewhere. EXECUTOR is kept, so that each can be shown.
 _DROPPED = re.compile(r"(POSTBACK|API_TOKEN|ANALYSIS|HOST|PORT|PUBLIC_URL|JOURNAL)(_|$)")
 
-#: All traffic stays on this machine, so a proxy must not get it.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-#: A Dask cluster in one process.
-_CLUSTER = """
-import os, signal
-from distributed import LocalCluster
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-options = {"n_workers": 1, "processes": False, "protocol": "tcp", "dashboard_address": None}
-print(LocalCluster(host="127.0.0.1", **options).scheduler_address, flush=True)
-signal.pause()
-"""
-
 
 def main() -> None:
     """Show every step. A failure ends the process with one message and status 1."""
@@ -58,11 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="postback-demo-") as name, contextlib.ExitStack() as up:
         env = environment(Path(name))
         if env.get("EXECUTOR", "").lower() == "dask" and not env.get("DASK_SCHEDULER"):
-            line = up.enter_context(running("Dask cluster", ["-c", _CLUSTER], env))
-            env["DASK_SCHEDULER"] = line.strip()
-            print(f"A Dask scheduler listens on {line.strip()} and has one worker.")
-        with running("service", [str(ROOT / "app.py")], env) as line:
-            url = line.split()[-1]
+            env["DASK_SCHEDULER"] = up.enter_context(cluster(name))
+            print(f"A Dask scheduler listens on {env['DASK_SCHEDULER']} and has one worker.")
+        with service(env) as url:
             print(f"Postback listens on {url}, with a journal of its own.")
             show_steps(url, PAYLOAD_PATH.read_bytes())
     print("The service has stopped.")
@@ -75,29 +60,39 @@ def environment(directory: Path) -> dict[str, str]:
         "HOST": "127.0.0.1",
         "PORT": "0",  # any free one
         "JOURNAL": str(directory / "journal.db"),
-        "DASK_TEMPORARY_DIRECTORY": str(directory),
         "POSTBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
         "LOG_LEVEL": "warning",  # a warning is shown among our own lines
     }
 
 
 @contextlib.contextmanager
-def running(what: str, arguments: Sequence[str], env: Mapping[str, str]) -> Iterator[str]:
-    """Run a Python program and yield the first line that it prints. Stop it at the end.
+def cluster(directory: str) -> Iterator[str]:
+    """Run a Dask cluster in this process and yield the address of its scheduler."""
+    os.environ["DASK_TEMPORARY_DIRECTORY"] = directory  # Dask reads it when it is imported
+    from distributed import LocalCluster  # an optional extra
+
+    options = {"n_workers": 1, "processes": False, "protocol": "tcp", "dashboard_address": None}
+    with LocalCluster(host="127.0.0.1", **options) as running:
+        yield running.scheduler_address
+
+
+@contextlib.contextmanager
+def service(env: Mapping[str, str]) -> Iterator[str]:
+    """Run the service and yield its URL. Stop it at the end.
 
     Raises:
-        SystemExit: It printed nothing, or did not end as it should.
+        SystemExit: It did not listen, or did not end as it should.
     """
-    command = [sys.executable, *arguments]
+    command = [sys.executable, str(ROOT / "app.py")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as child:  # noqa: S603 - our own
         try:
             if not (line := child.stdout.readline() if child.stdout else ""):
-                sys.exit(f"The {what} ended with status {child.wait()} before it listened.")
-            yield line
+                sys.exit(f"The service ended with status {child.wait()} before it listened.")
+            yield line.split()[-1]
         finally:
             child.terminate()
-        if status := child.wait():
-            sys.exit(f"The {what} ended with status {status}, not 0.")
+    if child.returncode:
+        sys.exit(f"The service ended with status {child.returncode}, not 0.")
 
 
 def show_steps(url: str, payload: bytes) -> None:
@@ -121,22 +116,23 @@ def show_steps(url: str, payload: bytes) -> None:
     print("\nThe job is delivered.")
 
 
-def call(url: str, payload: bytes | None = None) -> dict[str, Any]:
+def call(url: str, payload: bytes | None = None) -> Any:
     """Return the JSON of the answer to a GET, or to a POST of the payload.
 
     Raises:
         SystemExit: The answer is an error or no JSON, or there is none.
     """
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, data=payload, headers=headers)  # noqa: S310 - our own
-    try:
-        with _opener.open(request, timeout=STEP_SECONDS) as answer:
-            document: dict[str, Any] = json.load(answer)
-            return document
-    except HTTPError as exc:
-        sys.exit(f"{url} answered {exc.code}: {exc.read().decode(errors='replace')}")
-    except (OSError, ValueError) as exc:
-        sys.exit(f"{url} gave no answer: {exc}")
+    with requests.Session() as session:
+        session.trust_env = False  # all traffic stays on this machine, so a proxy must not get it
+        send = session.post if payload else session.get
+        try:
+            answer = send(url, data=payload, headers=headers, timeout=STEP_SECONDS)
+            if not answer.ok:
+                sys.exit(f"{url} answered {answer.status_code}: {answer.text}")
+            return answer.json()
+        except requests.RequestException as exc:
+            sys.exit(f"{url} gave no answer: {exc}")
 
 
 def indented(document: dict[str, Any]) -> str:

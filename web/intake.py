@@ -179,7 +179,7 @@ def _problems(fields: dict[str, Any]) -> Iterator[str]:
     metadata = fields.get("metadata", {})
     if not isinstance(metadata, dict):
         yield 'metadata is not an object; send one such as {"order": 17}, or leave it out.'
-    elif (size := len(_compact(metadata))) > MAX_METADATA_BYTES:
+    elif metadata and (size := len(_compact(metadata))) > MAX_METADATA_BYTES:
         yield f"metadata has {size} bytes as compact JSON; send at most {MAX_METADATA_BYTES}."
 
 

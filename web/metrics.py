@@ -5,7 +5,6 @@ journal knows is read from it at each request, so it is also right after a resta
 """
 
 import functools
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -30,20 +29,17 @@ LONG = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200)
 MINUTES = 60
 COUNTED = ("accepted", "delivered", "undelivered")
 
-#: For the page, answer times are kept in steps of this factor, so their p99 is right within 10 %.
-STEP = 1.1
-
 
 class _Minute(NamedTuple):
     """One minute.
 
     Attributes:
-        answers: How many took `STEP ** key` seconds.
+        answers: How many took so many seconds, which are rounded to two digits.
     """
 
     begins_at: datetime
     counts: dict[str, int]
-    answers: Counter[int]
+    answers: Counter[float]
 
 
 class Metrics:
@@ -101,9 +97,9 @@ class Metrics:
         self._answer(method, answer.route, answer.status_code).observe(answer.seconds)
         is_process = (method, answer.route) == ("POST", "/process")
         if is_process:
-            step = math.ceil(math.log(max(answer.seconds, 1e-6), STEP))
+            seconds = float(f"{answer.seconds:.1e}")
             with self._lock:
-                self._minute(self._clock()).answers[step] += 1
+                self._minute(self._clock()).answers[seconds] += 1
         if answer.reason and (is_process or answer.route == "none"):  # by the server itself
             self._refused(answer.reason.lower().replace(" ", "_")).inc()
 
@@ -161,19 +157,19 @@ class Metrics:
             self._minute(now).counts[what] += 1
 
     def _minute(self, now: datetime) -> _Minute:
-        begins_at = now.replace(second=0, microsecond=0)
         # A clock that is set back goes on counting in the latest minute.
-        if not self._minutes or self._minutes[-1].begins_at < begins_at:
+        if not self._minutes or now - self._minutes[-1].begins_at >= timedelta(minutes=1):
+            begins_at = now.replace(second=0, microsecond=0)
             self._minutes.append(_Minute(begins_at, dict.fromkeys(COUNTED, 0), Counter()))
         return self._minutes[-1]
 
 
-def _p99_seconds(answers: Counter[int]) -> float | None:
+def _p99_seconds(answers: Counter[float]) -> float | None:
     left = answers.total() * 0.99
-    for step in sorted(answers):
-        left -= answers[step]
+    for seconds in sorted(answers):
+        left -= answers[seconds]
         if left <= 0:
-            return round(STEP**step, 6)
+            return seconds
     return None
 
 

@@ -50,7 +50,7 @@ _BAD_HOST = "The host must be a host name in ASCII (xn--...), an IPv4 address or
 _BAD_PORT = "The port must be a number from 1 to 65535."
 
 # What is said about a URL that the grammar refuses: the sentence of the first pattern that does not
-# match. No sentence quotes the URL, because it may contain a password.
+# match; if all match, the port is wrong. None quotes the URL, because it may contain a password.
 _RULES = (
     (rf".{{0,{MAX_URL}}}", f"The URL must have at most {MAX_URL} characters."),
     (r"https?://.*", "The URL must begin with http:// or https://."),
@@ -58,7 +58,6 @@ _RULES = (
     (r"[^#]*", "The URL must have no fragment (#...)."),
     (r"[!-\[\]-~]*", "The URL must be printable ASCII without spaces and without backslashes."),
     (rf"[^/]*//{_HOST}(:[^/?]*)?([/?].*)?", _BAD_HOST),
-    (r"(?!)", _BAD_PORT),  # matches nothing
 )
 
 # inet_aton reads these as an IPv4 address: 2130706433, 0x7f.1, 0177.0.0.1, 0.
@@ -106,27 +105,18 @@ _PHRASES = {
 
 
 class Parts(NamedTuple):
-    """What a URL consists of.
+    """What is needed of a URL.
 
     Attributes:
         host: In lower case. An IPv6 address is in brackets.
-        target: The path and the query, as they are sent. Empty if the URL has neither.
+        origin: The `scheme://host:port`, always with the port.
+        url: The URL that is sent to: the origin, the path and the query.
     """
 
     scheme: str
     host: str
-    port: int
-    target: str
-
-    @property
-    def origin(self) -> str:
-        """The `scheme://host:port`, always with the port."""
-        return f"{self.scheme}://{self.host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        """The URL that is sent to."""
-        return self.origin + self.target
+    origin: str
+    url: str
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,14 +130,15 @@ def parts(url: str) -> Parts:
     match = _URL.fullmatch(url) if len(url) <= MAX_URL else None
     if not match:
         flags = re.IGNORECASE | re.ASCII | re.DOTALL
-        raise _refused(next(why for rule, why in _RULES if not re.fullmatch(rule, url, flags)))
+        broken = (why for rule, why in _RULES if not re.fullmatch(rule, url, flags))
+        raise _refused(next(broken, _BAD_PORT))
     scheme, host = match["scheme"].lower(), _canonical(match["host"].lower())
     port = int(match["port"] or (443 if scheme == "https" else 80))
     if not host or not 1 <= port <= 65535:
         raise _refused(_BAD_PORT if host else _BAD_HOST)
-    rest = match["rest"]
-    path = f"/{rest}" if rest.startswith("?") else rest
-    return Parts(scheme, host, port, urllib.parse.quote(path, safe="!$%&'()*+,/:;=?@[]~"))
+    origin = f"{scheme}://{host}:{port}"
+    target = re.sub(r"^\?", "/?", match["rest"])
+    return Parts(scheme, host, origin, origin + urllib.parse.quote(target, "!$%&'()*+,/:;=?@[]~"))
 
 
 def is_public(address: str) -> bool:
@@ -191,20 +182,20 @@ class Policy:
             Refusal: The URL is not allowed.
         """
         try:
-            scheme, host, *_ = found = parts(url)
+            scheme, host, origin, _ = parts(url)
         except errors.Refusal as exc:
             raise _refused(f"postback_url: {exc.detail}") from exc
-        if found.origin in self.allow:
+        if origin in self.allow:
             return False
         if not self.any_public_https:
-            problem = f"{found.origin} is not listed in POSTBACK_ALLOW."
+            problem = f"{origin} is not listed in POSTBACK_ALLOW."
         elif scheme != "https":
             problem = "The URL must begin with https://."
         elif _ip(host) and not is_public(host):
             problem = f"{host} is not a public address."
         else:
             return True
-        hint = f"To allow it, the operator adds {found.origin} to POSTBACK_ALLOW."
+        hint = f"To allow it, the operator adds {origin} to POSTBACK_ALLOW."
         raise _refused(f"postback_url: {problem} {hint}")
 
 
@@ -357,11 +348,11 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _listed(entry: str) -> str:
-    why = "It must have no path."
     try:
         found = parts(entry)
-        if not found.target:
+        if found.url == found.origin:
             return found.origin
+        why = "It must have no path."
     except errors.Refusal as exc:
         why = exc.detail
     shown = re.sub(r"//.*@", "//***@", entry)

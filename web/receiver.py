@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import bottle
 
@@ -135,13 +135,7 @@ def _application(host: str, journal: Journal, settings: config.Config) -> Applic
     application = Application(tokens, frozenset() if is_local and not tokens else None)
     application.serve("POST", "/postprocessed", receiver.receive, open_to_all=True)
     application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
-    application.error(404)(_refuse_path)
     return application
-
-
-def _refuse_path(_: bottle.HTTPError) -> NoReturn:
-    detail = "There is nothing at this path. Postbacks are received at /postprocessed."
-    raise errors.Refusal(404, "Not found", detail)
 
 
 def _prune(journal: Journal, settings: config.Config) -> float:
@@ -160,15 +154,13 @@ def _print(text: str) -> None:
 
 def _check_event(body: bytes) -> None:
     """Refuse what could not be listed. Otherwise, an event is whatever an analysis returned."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         event = json.loads(body.decode())
         json.dumps(event, allow_nan=False)
-        is_fit = isinstance(event, dict) and intake.depth_of(event) <= MAX_DEPTH
-    except (ValueError, RecursionError):
-        is_fit = False
-    if not is_fit:
-        detail = f"The event is not a JSON object in UTF-8, of at most {MAX_DEPTH} levels."
-        raise errors.Refusal(400, "Invalid request", detail)
+        if isinstance(event, dict) and intake.depth_of(event) <= MAX_DEPTH:
+            return
+    detail = f"The event is not a JSON object in UTF-8, of at most {MAX_DEPTH} levels."
+    raise errors.Refusal(400, "Invalid request", detail)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,8 @@ HEADROOM_BYTES = 64 * 1024
 
 #: What bottle and waitress refuse. Their own words would repeat the URL or name other limits.
 _DETAILS = {
-    404: "There is nothing at this path; see GET /openapi.json.",
+    404: "There is nothing at this path. The routes of the service are in GET /openapi.json. "
+    "Postbacks are received at /postprocessed.",
     405: "This path does not allow this method; the header Allow lists the methods it allows.",
     413: "The body is far too large; send at most MAX_BODY bytes.",
     431: "The headers are too large; send at most 32 KiB.",
@@ -84,6 +84,9 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+# Made once, because json.dumps() with a hook makes an encoder for each call.
+_ENCODE = json.JSONEncoder(default=model.text_of).encode
 
 _LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1")
 
@@ -179,14 +182,13 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.short: deque[_Task] = deque()  # threads append to it too: pipelined requests
         self.silent = _Silent(self.active_channels, self._map) if hasattr(select, "epoll") else None
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
-        self._is_woken = False
-        self._accept_at = 0.0
+        self._is_awake = False
         self._stop_at = math.inf
 
     def start(
         self,
         application: Callable[..., Iterable[bytes]],
-        turn: Callable[[], AbstractContextManager[Any]],
+        turn: Callable[[], contextlib.AbstractContextManager[Any]],
         work: Callable[[], float] = lambda: TICK_SECONDS,
         on_answer: Callable[[logs.Answer], None] = lambda _: None,
     ) -> None:
@@ -219,21 +221,23 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def wake(self) -> None:
         """Have the loop look for what there is to do. Any thread may call it."""
-        if not self._is_woken and self._thread.is_alive():
-            self._is_woken = True
-            self.pull_trigger()
+        if not self._is_awake and self._thread.is_alive():
+            self._is_awake = True
+            self.trigger.pull_trigger()
+
+    pull_trigger = wake  # waitress calls it after each answer
 
     def _begin_stop(self) -> None:
-        self._accept_at, self._stop_at = math.inf, time.monotonic() + STOP_SECONDS
+        self.accepting, self._stop_at = False, time.monotonic() + STOP_SECONDS
 
     def _run(self) -> None:
         seconds = 0.0
         while self._stop_at == math.inf or self._is_answering():
             try:
                 wasyncore.poll2(0.0 if self.short else min(seconds, TICK_SECONDS), self._map)
-                self._is_woken = False
-                if self.short:
-                    self._answer_short()
+                self._is_awake = True  # so that an answer of its own does not wake it
+                self._answer_short()
+                self._is_awake = False
                 seconds = self._work()
             except Exception:
                 log.exception("server failed")
@@ -247,29 +251,30 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _answer_short(self) -> None:
         """Answer what is short or was checked. Send the answers after the commit."""
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
-        self._store(batch)
+        for task in batch:
+            if not task.to_store:  # otherwise a thread has asked
+                task.run(task.ask)
+        if writing := [task for task in batch if task.to_store]:
+            self._store(writing)
         for task in batch:
             HTTPChannel.service(task.channel)
         for task in batch:
             task.follow_up()
 
-    def _store(self, batch: Sequence["_Task"]) -> None:
-        """Make the answers, in one transaction."""
-        writing = batch
+    def _store(self, tasks: Sequence["_Task"]) -> None:
+        """Make the answers that need a transaction, in one."""
         try:
-            for task in batch:
-                if not task.is_asked:
-                    task.ask()
-            writing = [task for task in batch if task.writes]
-            if writing:
-                with self._turn():
-                    for task in writing:
-                        task.store()
-        except errors.JournalError as exc:  # logged where it was found
-            _refuse_all(writing, exc)
-        except Exception:
-            log.exception("requests not answered")
-            _refuse_all(writing, errors.JournalError(_DETAILS[500]))
+            with self._turn():
+                for task in tasks:
+                    task.run(task.store)
+        except Exception as exc:
+            failure = errors.JournalError(_DETAILS[500])
+            if isinstance(exc, errors.JournalError):  # logged where it was found
+                failure = exc
+            else:
+                log.exception("requests not answered")
+            for task in tasks:
+                task.refuse(failure)
 
     def add_task(self, channel: "_Channel") -> None:
         """Have the next request of a connection answered by the loop, or by a thread."""
@@ -280,10 +285,6 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             self.short.append(request.task)
         else:
             super().add_task(channel)
-
-    def readable(self) -> bool:
-        """Return whether the loop waits for connections."""
-        return bool(super().readable()) and time.monotonic() >= self._accept_at
 
     def handle_accept(self) -> None:
         """Accept connections that wait, so that their requests share a turn, but not too many."""
@@ -296,7 +297,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 _Channel(self, connection, address, self.adj, map=self._map)
         except (OSError, MemoryError) as exc:  # mostly, no descriptor is free
             log.warning("connection not accepted", extra={"error": str(exc)})
-            self._accept_at = time.monotonic() + TICK_SECONDS
+            self.accepting = False  # until the next maintenance
 
     def accept(self) -> Any:
         """Accept one connection. Half of the descriptors are kept for other things."""
@@ -305,18 +306,25 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         return super().accept()
 
     def maintenance(self, now: float) -> None:
-        """Close connections that were silent for too long, also if they have unsent answers."""
+        """Close what was silent or lingered for too long. waitress calls it at each tick."""
+        self.accepting = self._stop_at == math.inf
+        silent_since = now - self.adj.channel_timeout
         for channel in list(self.active_channels.values()):
-            if not channel.requests and channel.last_activity < now - self.adj.channel_timeout:
+            is_silent = not channel.requests and channel.last_activity < silent_since
+            if is_silent or channel.lingers_until < time.monotonic():
                 channel.handle_close()
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """One request: `ask` the application, `store`, send the answer by `service`, `follow_up`."""
+    """One request: `ask` the application, `store`, send the answer by `service`, `follow_up`.
 
+    Attributes:
+        to_store: What makes the answer inside a transaction. None if it is made without one.
+    """
+
+    to_store: Callable[[], bottle.HTTPResponse] | None = None
     _after: Iterable[Callable[[], None]] = ()
     _reason: str | None = None
-    is_asked = False
 
     def __init__(self, channel: "_Channel", request: Any) -> None:
         super().__init__(channel, request)
@@ -324,35 +332,29 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     def ask(self) -> None:
         """Have the application answer. Nothing is sent yet."""
-        self.is_asked = True
         if error := self.request.error:  # found by waitress
             detail = _DETAILS.get(error.code, error.body)
-            self.refuse(errors.Refusal(error.code, error.reason, detail))
-            return
-        start = list[Any]()
-        with self._refusing():
-            environ = self.get_environment()
-            environ["postback.after"] = self._after = []
-            body = self.channel.server.application(environ, lambda *args: start.extend(args))
-            self._body = b"".join(body)
-            if hasattr(body, "close"):  # a file
-                body.close()
-            self.status, self.response_headers = start[:2]
+            raise errors.Refusal(error.code, error.reason, detail)
+        environ = self.get_environment()
+        environ["postback.after"] = self._after = []
+        body = self.channel.server.application(environ, self._start)
+        self._body = b"".join(body)
+        if hasattr(body, "close"):  # a file
+            body.close()
+        self.to_store = environ.get("postback.write")
 
-    @property
-    def writes(self) -> bool:
-        """Whether the answer is made by a write."""
-        return not self._reason and "postback.write" in (self.environ or {})
+    def _start(self, status: str, headers: list[tuple[str, str]], *_: object) -> None:
+        self.status, self.response_headers = status, headers
 
     def store(self) -> None:
         """Do what the handler left for a transaction. Nothing is sent yet."""
-        with self._refusing():
-            self._answer(self.environ["postback.write"]())
+        if self.to_store:
+            self._answer(self.to_store())
 
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def run(self, step: Callable[[], None]) -> None:
+        """Do one step, `ask` or `store`. What it raises becomes the answer."""
         try:
-            yield
+            step()
         except errors.Refusal as exc:
             self.refuse(exc)
         except Exception:
@@ -369,12 +371,16 @@ class _Task(WSGITask):  # type: ignore[misc]
         self._body = answer.body.encode()
 
     def execute(self) -> None:
-        """Send the answer."""
+        """Send the answer: in one piece, unless it is so long that joining it takes time."""
         if self.request.error or self.channel.total_outbufs_len > MAX_UNSENT_BYTES:
             self.set_close_on_finish()
-        self.content_length, self.complete = len(self._body), True
+        self.content_length = len(self._body)
+        is_head = getattr(self.request, "command", "") == "HEAD"
+        pieces = [self.build_response_header(), b"" if is_head else self._body]
+        self.wrote_header = True
         try:
-            self.write(self._body)
+            for piece in [b"".join(pieces)] if self.content_length <= SHORT_BYTES else pieces:
+                self.channel.write_soon(piece)
         except OSError:  # as with a full disk; waitress has counted wrongly now
             self.channel.will_close = True
             raise
@@ -408,10 +414,11 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection.
 
     Attributes:
-        lingers_until: When it is closed, by `time.monotonic()`. 0 until its last answer was sent.
+        lingers_until: When it is closed, by `time.monotonic()`, after its last answer was sent.
     """
 
-    lingers_until = 0.0
+    lingers_until = math.inf
+    close_when_flushed: bool
 
     def task_class(self, _: HTTPChannel, request: Any) -> Any:
         """Return the task that answers a request. waitress made the request for its own errors."""
@@ -422,8 +429,8 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         """Answer the next request, in a thread. A job is accepted even if its caller has gone."""
         task = self.requests[0].task
-        task.ask()
-        if task.writes:  # the loop goes on with it, so that it shares a commit
+        task.run(task.ask)
+        if task.to_store:  # the loop goes on with it, so that it shares a commit
             self.server.short.append(task)
             self.server.wake()
             return
@@ -441,26 +448,26 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         if waits and self.server.silent:
             self.server.silent.add(self)
             waits = False
-        return waits or self.lingers_until > 0
-
-    def received(self, data: bytes) -> bool:
-        """Read bytes of requests, or throw them away, which shortens the time to linger."""
-        if self.lingers_until:
-            self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
-        return bool(super().received(data))
-
-    def writable(self) -> bool:
-        """Return whether there is something to send, or the connection is to be closed."""
-        return bool(super().writable()) and time.monotonic() >= self.lingers_until
+        return waits
 
     def handle_write(self) -> None:
         """Send. When the last answer was sent, linger before the connection is closed."""
-        if self.lingers_until or self.total_outbufs_len or not self.close_when_flushed:
+        if self.total_outbufs_len or not self.close_when_flushed:
             super().handle_write()
             return
+        self.close_when_flushed = False
         self.lingers_until = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):  # the caller has gone
             self.socket.shutdown(socket.SHUT_WR)
+
+    def received(self, data: bytes) -> bool:
+        """Read bytes of requests, or throw them away, which shortens the time to linger."""
+        if self.lingers_until == math.inf:
+            return bool(super().received(data))
+        self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
+        if self.lingers_until < time.monotonic():
+            self.handle_close()
+        return False
 
 
 class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
@@ -496,14 +503,7 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
 
 def json_answer(fields: Mapping[str, Any], status_code: int = 200) -> bottle.HTTPResponse:
     """Return an answer in JSON."""
-    answer = bottle.HTTPResponse(json.dumps(fields, default=model.text_of), status_code)
-    answer.content_type = "application/json"
-    return answer
-
-
-def _refuse_all(tasks: Iterable[_Task], refusal: errors.Refusal) -> None:
-    for task in tasks:
-        task.refuse(refusal)
+    return bottle.HTTPResponse(_ENCODE(fields), status_code, content_type="application/json")
 
 
 def _problem(refusal: errors.Refusal) -> bottle.HTTPResponse:

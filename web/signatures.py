@@ -88,11 +88,9 @@ def verify(
         Refusal: 401 if the id or the signature is missing, or if no signature is right. 400 if the
             timestamp is not a number of seconds, or too far off.
     """
-    webhook_id = headers.get("webhook-id", "")
-    given = headers.get("webhook-signature", "")
+    webhook_id, seconds, given = (headers.get(name, "") for name in HEADERS)
     if not webhook_id or not given:
         raise _refused(401, "The headers webhook-id and webhook-signature are needed.")
-    seconds = headers.get("webhook-timestamp", "")
     if not _TIMESTAMP.fullmatch(seconds):
         raise _refused(400, "webhook-timestamp must be a whole number of Unix seconds.")
     if abs(now.timestamp() - int(seconds)) > TOLERANCE_SECONDS:

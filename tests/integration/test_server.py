@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import select
@@ -50,6 +51,7 @@ class Service:
     """A server with the handlers that a test gives it, and what it tells."""
 
     def __init__(self, application, host="127.0.0.1"):
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # as logs.configure does
         self.turn, self.answers = Turn(), []
         self.answered = threading.Condition()
         self.server = Server(host=host, port=0, max_body_bytes=MAX_BODY)
@@ -136,6 +138,18 @@ def test_a_refusal_is_a_problem_document(serve, status_code, name, value):
     assert json.loads(body)["status"] == status_code
     assert detail(body) == "do this"
     assert service.wait_for(1)[0].reason == "Some title"
+
+
+@pytest.mark.parametrize("path", ["/x", "/nowhere"])
+def test_a_refused_head_has_no_body(serve, path):
+    service = serve(raising(errors.Refusal(404, "Unknown job", "do this")))
+    with connected(service) as (conn, stream):
+        conn.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head = b"".join(iter(stream.readline, b"\r\n"))
+        conn.sendall(LIVEZ)
+
+        assert head.startswith(b"HTTP/1.1 404 Not Found\r\nContent-Length: ")
+        assert answer(stream)[0] == 200
 
 
 @pytest.mark.parametrize("exc", [ValueError("secret"), RecursionError(), MemoryError()])

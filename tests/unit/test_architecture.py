@@ -33,10 +33,10 @@ ORDER = [
 #: Who may import what. Whoever else needs it asks the owner for a function.
 OWNERS = {
     "bottle": {"app", "web.receiver", "web.server"},
-    "distributed": {"jobs.dask_executor"},
+    "distributed": {"jobs.dask_executor", "web.demo"},
     "prometheus_client": {"web.metrics"},
     "pycurl": {"web.outbound"},
-    "requests": {"postback", "web.outbound"},
+    "requests": {"postback", "web.demo", "web.outbound"},
     "waitress": {"web.server"},
     "sqlite3": {"jobs.journal", "jobs.storage"},
     "subprocess": {"jobs.executor", "web.demo"},
