@@ -318,6 +318,8 @@ def test_a_full_disk_refuses_all_of_a_transaction_and_recovers(opened, caplog):
                 assert refused(partial(opened.note, text))
 
     failed = refused(fill)
+    with opened.transaction():
+        opened._fetch("SELECT 1")  # to read proves nothing about the disk
     failure = opened.failure
     opened._connection.execute("PRAGMA max_page_count = 100000")
     opened.note("e" * 100_000)
