@@ -2,7 +2,7 @@
 
 A cluster keeps everything in memory, so it may be lost at any time: the journal is what counts. A
 job whose Dask worker is lost is run again by Dask, and one whose scheduler is lost is put back.
-`distributed` is imported only here, and only when this executor is chosen.
+The service imports `distributed` only here, and only when this executor is chosen.
 """
 
 import hashlib
