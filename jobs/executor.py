@@ -439,15 +439,15 @@ def _how(code: int | None) -> str:
 
 def _hear(connection: socket.socket, payload: bytes, listener: Listener) -> None:
     """Pass on progress, and what is to be kept if there is such a thing."""
-    report, _, kept = payload.partition(b"\n")
-    if kept:
+    fraction, note, kept = json.loads(payload)
+    if kept is not None:
         problem = ""
         try:
-            listener.kept(kept.decode())
+            listener.kept(kept)
         except errors.Refusal as exc:
             problem = exc.detail
         worker.send(connection, worker.KEPT, problem.encode())
-    listener.progressed(*json.loads(report))
+    listener.progressed(fraction, note)
 
 
 def ending_of(kind: bytes, payload: bytes) -> model.Ending:

@@ -438,12 +438,8 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
 def _report(
     connection: socket.socket, frames: Reader, fraction: float, note: str, kept: str | None
 ) -> None:
-    line = json.dumps([fraction, note])
-    if kept is None:
-        send(connection, PROGRESS, line.encode())
-        return
-    send(connection, PROGRESS, f"{line}\n{kept}".encode())
-    if problem := frames.read_payload():
+    send(connection, PROGRESS, _encode([fraction, note, kept]).encode())
+    if kept is not None and (problem := frames.read_payload()):
         raise RuntimeError(problem.decode())
 
 

@@ -123,8 +123,8 @@ def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
 ):
     connection = connect(report)
     assert exactly(connection, 1) == worker.START
-    assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter"]')
-    assert read(connection) == (worker.PROGRESS, b'[0.5, ""]\n7')
+    assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter", null]')
+    assert read(connection) == (worker.PROGRESS, b'[0.5, "", "7"]')
 
     worker.send(connection, worker.KEPT, answer)
 
