@@ -68,7 +68,7 @@ class _Worker:
         slots: How many jobs at once it is given; 0 when a job has it for itself.
         runs: The jobs in it, or those that were in it when it ended. A stopped one stays, since its
             thread may run for ever.
-        is_stale: It does not count as one of the workers that there should be.
+        is_stale: It gets no new job once another one serves, and ends when no job needs it.
         pid: Its process and its process group; None before there is one.
         control: Takes the connections of jobs; None unless it has loaded the analysis and lives.
         code: Its exit code, negative for a signal; None until it has ended.
@@ -153,7 +153,8 @@ class WorkerExecutor:
             ConfigError: It cannot load the analysis.
         """
         with self._lock:
-            self._fill()
+            for _ in range(self._count):
+                _start_thread(self._keep)
             seconds = 0.0
             while not (self._serving() or self._refusal):
                 if not self._changed.wait(LOADING_SECONDS):
@@ -207,9 +208,10 @@ class WorkerExecutor:
                 run.hang_up()
                 if one := run.worker:
                     log.info("worker retired", extra={"pid": one.pid, "job_id": job_id})
-                    one.is_stale = True
-                    with suppress(OSError):  # the stale one serves until there is another one
-                        self._fill()
+                    with suppress(OSError):  # without a thread for another one, it goes on
+                        if one.slots > 1 and not one.is_stale:
+                            _start_thread(self._keep)
+                        one.is_stale = True
                     self._retire(one)
                 self._changed.notify_all()
 
@@ -320,15 +322,6 @@ class WorkerExecutor:
         """Return the workers that are ready for any job, now or after another one."""
         return [one for one in self._workers if one.control and one.slots]
 
-    def _missing(self) -> int:
-        count = self._count - sum(not one.is_stale for one in self._workers)
-        return 0 if self._closed.is_set() else count
-
-    def _fill(self) -> None:
-        """Start a thread for each worker that is missing."""
-        for _ in range(self._missing()):
-            _start_thread(self._keep)
-
     def _retire(self, one: _Worker) -> None:
         if self._is_useless(one):
             one.kill()
@@ -342,21 +335,18 @@ class WorkerExecutor:
     # A worker's thread
 
     def _keep(self) -> None:
-        """Have one worker after another, as long as one is missing."""
+        """Have one worker after another, or until another thread was started in its place."""
         seconds = RETRY_SECONDS
-        while one := self._add_missing():
-            started_at = time.monotonic()
+        while not self._closed.is_set():
+            started_at, one = time.monotonic(), _Worker(self._slots)
+            with self._lock:
+                self._workers.insert(0, one)
             has_served = self._live(one)
+            if one.is_stale and one.slots > 1:
+                return
             seconds = RETRY_SECONDS if has_served else min(2 * seconds, MAX_RETRY_SECONDS)
-            self._closed.wait(started_at + seconds - time.monotonic())
-
-    def _add_missing(self) -> _Worker | None:
-        with self._lock:
-            if self._missing() <= 0:
-                return None
-            one = _Worker(self._slots)
-            self._workers.insert(0, one)
-            return one
+            if not (has_served and one.runs):
+                self._closed.wait(started_at + seconds - time.monotonic())
 
     def _live(self, one: _Worker) -> bool:
         """Start a worker's process, wait for its end, and return whether it could serve."""
