@@ -446,5 +446,4 @@ def ending_of(kind: bytes, payload: bytes) -> model.Ending:
         return model.Ending(outcome=model.Outcome.SUCCEEDED, result=payload)
     facts = json.loads(payload)
     ending = model.without_result(model.Outcome.FAILED, facts["kind"], facts["message"])
-    frames, may_run_again = tuple(facts["frames"]), facts["may_run_again"]
-    return replace(ending, frames=frames, may_run_again=may_run_again)
+    return replace(ending, frames=tuple(facts["frames"]), may_run_again=facts["may_run_again"])

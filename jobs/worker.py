@@ -6,7 +6,7 @@ four bytes, and as many bytes.
 
     the service                              the worker
                                        <──   START: the thread runs, and blame begins
-    JOB: its facts; DATA: the payload  ──>
+    two lengths, its facts, its body   ──>
                                        <──   PROGRESS, also with a value to keep
     KEPT: nothing, or why it was not   ──>
                                        <──   RESULT or ERROR
@@ -45,13 +45,13 @@ from typing import Any
 START = b"s"
 
 #: Kinds of frames.
-JOB, DATA, PROGRESS, KEPT, RESULT, ERROR = b"j", b"d", b"p", b"k", b"r", b"e"
+PROGRESS, KEPT, RESULT, ERROR = b"p", b"k", b"r", b"e"
 
 #: What a worker says when it can serve. Any other line says why it cannot.
 READY = b"\n"
 
-#: The kind and the length of a frame.
-FRAME = struct.Struct("!cI")
+#: The kind and the length of a frame; the lengths of a job's facts and of its body.
+FRAME, LENGTHS = struct.Struct("!cI"), struct.Struct("!II")
 
 #: Bytes that are read at least, if they are there, so that short frames come by one system call.
 READ_BYTES = 65_536
@@ -389,24 +389,20 @@ class Reader:
     """Reads frames from a connection. Raises OSError when the other end has hung up."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+        self.connection = connection
         self._data = b""  # was received and is not read yet
 
     def read(self, size: int) -> bytes:
         """Return as many bytes."""
-        while (missing := size - len(self._data)) > 0:
+        data = self._data
+        while (missing := size - len(data)) > 0:
             flags = socket.MSG_WAITALL if missing > READ_BYTES else 0
-            more = self._connection.recv(max(missing, READ_BYTES), flags)
+            more = self.connection.recv(max(missing, READ_BYTES), flags)
             if not more:
                 raise ConnectionError
-            self._data += more
-        data, self._data = self._data[:size], self._data[size:]
-        return data
-
-    def read_payload(self) -> bytes:
-        """Return the payload of the next frame, of whatever kind."""
-        _, length = FRAME.unpack(self.read(FRAME.size))
-        return self.read(length)
+            data += more
+        self._data = data[size:]
+        return data[:size]
 
 
 def send(connection: socket.socket, kind: bytes, payload: bytes) -> None:
@@ -417,7 +413,7 @@ def send(connection: socket.socket, kind: bytes, payload: bytes) -> None:
 def pack(facts: Mapping[str, Any], body: bytes) -> bytes:
     """Return what the service sends for a job."""
     header = json.dumps(facts).encode()
-    return b"".join((FRAME.pack(JOB, len(header)), header, FRAME.pack(DATA, len(body)), body))
+    return LENGTHS.pack(len(header), len(body)) + header + body
 
 
 def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
@@ -427,20 +423,21 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
     with suppress(OSError), connection:  # the service has hung up
         connection.sendall(START)
         frames = Reader(connection)
-        facts = json.loads(frames.read_payload())
-        job = Job(partial(_report, connection, frames), **facts)
+        header_size, body_size = LENGTHS.unpack(frames.read(LENGTHS.size))
+        facts = json.loads(frames.read(header_size))
+        job = Job(partial(_report, frames), **facts)
         job_id.set(job.id)
-        kind, payload = run(analyze, frames.read_payload(), job)
+        kind, payload = run(analyze, frames.read(body_size), job)
         with job.lock:  # a report that is under way is waited for
             send(connection, kind, payload)
 
 
-def _report(
-    connection: socket.socket, frames: Reader, fraction: float, note: str, kept: str | None
-) -> None:
-    send(connection, PROGRESS, _encode([fraction, note, kept]).encode())
-    if kept is not None and (problem := frames.read_payload()):
-        raise RuntimeError(problem.decode())
+def _report(frames: Reader, fraction: float, note: str, kept: str | None) -> None:
+    send(frames.connection, PROGRESS, _encode([fraction, note, kept]).encode())
+    if kept is not None:
+        _, length = FRAME.unpack(frames.read(FRAME.size))
+        if problem := frames.read(length):
+            raise RuntimeError(problem.decode())
 
 
 def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
@@ -564,17 +561,16 @@ def _analyze(path: str) -> None:
     _find_modules()
     try:
         payload = json.loads(sys.stdin.read() if path == "-" else Path(path).read_bytes())
-        data = payload["data"]
     except OSError as exc:
         sys.exit(f"{path}: {exc.strerror}")
     except ValueError as exc:
         sys.exit(f"{'Standard input' if path == '-' else path} is not JSON: {exc}")
-    except (TypeError, KeyError):
+    if not isinstance(payload, dict) or "data" not in payload:
         sys.exit('The payload is not an object with "data": write {"data": ...}.')
     try:
         analyze = load(name)
         facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
-        result = encode(call(analyze, data, Job(_draw, **facts)))
+        result = encode(call(analyze, payload["data"], Job(_draw, **facts)))
     except LoadError as exc:
         sys.exit(f"ANALYSIS={name!r}: {exc}")
     except NotJSONError as exc:
