@@ -70,7 +70,7 @@ class _Worker:
             thread may run for ever.
         is_stale: It gets no new job once another one serves, and ends when no job needs it.
         pid: Its process and its process group; None before there is one.
-        control: Takes the connections of jobs; None unless it has loaded the analysis and lives.
+        control: Takes the connections of jobs; None before it has loaded the analysis.
         code: Its exit code, negative for a signal; None until it has ended.
     """
 
@@ -335,7 +335,7 @@ class WorkerExecutor:
     # A worker's thread
 
     def _keep(self) -> None:
-        """Have one worker after another, or until another thread was started in its place."""
+        """Have one worker after another, until another thread has one in its place."""
         seconds = RETRY_SECONDS
         while not self._closed.is_set():
             started_at, one = time.monotonic(), _Worker(self._slots)
