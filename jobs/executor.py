@@ -327,7 +327,10 @@ class WorkerExecutor:
             one.kill()
 
     def _is_useless(self, one: _Worker) -> bool:
-        """Return whether no job needs a stale worker, and there is another one for new jobs."""
+        """Return whether a stale worker may end: no job needs it, and new ones have another.
+
+        When the executor is closed, no other worker is of use either.
+        """
         if not one.is_stale or one.is_needed:
             return self._closed.is_set()
         return one.slots <= 1 or any(not other.is_stale for other in self._serving())
