@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,9 @@ DEFAULT_PATH = Path(__file__).parents[1] / "processing.py"
 log = logging.getLogger("postback")
 
 
-@dataclass(eq=False, slots=True)
-class _Run:
-    """One job, as long as its caller is inside of `run`.
-
-    Attributes:
-        news: What its worker reports: a fraction and a note, or None and None when it starts. None
-            alone means that there is something else to look at.
-        is_stopped: Its outcome was decided elsewhere.
-    """
-
-    news: "queue.SimpleQueue[tuple[Any, Any] | None]" = field(default_factory=queue.SimpleQueue)
-    is_stopped: bool = False
+#: What the thread of a job is told: that its worker has begun (None and None), a fraction and a
+#: note, or why there is nothing more to wait for: `ended`, `stopped` or `lost`.
+_News = queue.SimpleQueue[tuple[Any, Any] | str]
 
 
 class DaskExecutor:
@@ -78,7 +68,7 @@ class DaskExecutor:
         self._closed = threading.Event()
         self._client: Any = None  # while it is connected
         self._failure: str | None = None
-        self._runs: dict[str, _Run] = {}
+        self._news: dict[str, _News] = {}  # of each job, as long as its caller is inside of `run`
 
     def start(self) -> None:
         """Begin to connect. A cluster that is away does not hold up the start.
@@ -111,18 +101,16 @@ class DaskExecutor:
     ) -> Iterator[model.Ending | model.Again | None]:
         """Run an analysis on the cluster, and yield how it ended; None when it was stopped."""
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
-        run = self._runs[job.id] = _Run()
+        news = self._news[job.id] = _News()
         try:
-            ending = self._run(run, facts, body, listener)
-            yield None if run.is_stopped else ending
+            yield self._run(news, facts, body, listener)
         finally:
-            del self._runs[job.id]
+            del self._news[job.id]
 
     def stop(self, job_id: str) -> None:
         """Give up a job. A Dask worker that has begun it goes on in vain."""
-        if run := self._runs.get(job_id):
-            run.is_stopped = True
-            run.news.put(None)
+        if news := self._news.get(job_id):
+            news.put("stopped")
 
     def drain(self) -> None:
         """Do nothing: no job is ever blamed for the end of the cluster."""
@@ -130,14 +118,14 @@ class DaskExecutor:
     def close(self) -> None:
         """Give up all jobs, and disconnect."""
         self._closed.set()
-        for job_id in list(self._runs):
+        for job_id in list(self._news):
             self.stop(job_id)
         self._keeper.join(CLOSE_SECONDS)
 
     # A job's thread
 
     def _run(
-        self, run: _Run, facts: dict[str, Any], body: bytes, listener: Listener
+        self, news: _News, facts: dict[str, Any], body: bytes, listener: Listener
     ) -> model.Ending | model.Again | None:
         if (client := self._client) is None:
             return model.Again()
@@ -145,37 +133,23 @@ class DaskExecutor:
         arguments = (self._analysis, self._topic, facts, body)
         try:
             future = client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
-            future.add_done_callback(lambda _: run.news.put(None))
-            self._listen(run, client, future, listener)
-            if run.is_stopped:
-                future.cancel()
-            return ending_of(*future.result()) if future.done() else model.Again()
+            future.add_done_callback(lambda _: news.put("ended"))
+            if _has_ended(news, listener):
+                return ending_of(*future.result())
+            future.cancel()  # it was stopped
+            return None
         except self._distributed.KilledWorker as exc:
             return model.crashed(f"The analysis ended its Dask workers: {exc}")
         except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
-            is_lost = isinstance(exc, (self._distributed.CancelledError, OSError))
-            if is_lost or client.status != "running":
+            lost = (self._distributed.CancelledError, OSError)
+            if isinstance(exc, lost) or client.status != "running":
                 return model.Again(pause_seconds=PAUSE_SECONDS)
             return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
 
-    def _listen(self, run: _Run, client: Any, future: Any, listener: Listener) -> None:
-        """Return when a job has ended or was stopped, or its cluster was lost."""
-        has_started = False
-        while client.status == "running" and not (run.is_stopped or future.done()):
-            with suppress(queue.Empty):
-                if news := run.news.get(timeout=LOOK_SECONDS):
-                    if news[0] is None:
-                        has_started = True
-                        listener.started()
-                    else:
-                        listener.progressed(*news)
-        if future.done() and not has_started:  # its reports may come later than its result
-            listener.started()
-
     def _hear(self, event: tuple[float, tuple[str, Any, Any]]) -> None:
         job_id, fraction, note = event[1]
-        if run := self._runs.get(job_id):
-            run.news.put((fraction, note))
+        if news := self._news.get(job_id):
+            news.put((fraction, note))
 
     # The thread that keeps the connection
 
@@ -189,7 +163,7 @@ class DaskExecutor:
                     self._tell(client, None)
                     while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
                         pass
-                    self._tell(None, f"The Dask scheduler at {self._url} was lost.")
+                    raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 text = f"The Dask cluster at {self._url} cannot be used: {str(exc).rstrip('.')}."
                 if isinstance(exc, ModuleNotFoundError):
@@ -236,4 +210,27 @@ class DaskExecutor:
         elif failure and not self._failure and not self._closed.is_set():
             log.warning("cluster away", extra={"error": failure})
         self._client, self._failure = client, failure
+        if failure:
+            for news in list(self._news.values()):
+                news.put("lost")
         self._on_change()
+
+
+def _has_ended(news: _News, listener: Listener) -> bool:
+    """Pass on what a job reports until it has ended; return whether it has, or was stopped.
+
+    Raises:
+        ConnectionError: The cluster was lost.
+    """
+    has_started = False
+    while isinstance(one := news.get(), tuple):
+        if one[0] is None:
+            has_started = True
+            listener.started()
+        else:
+            listener.progressed(*one)
+    if one == "lost":
+        raise ConnectionError
+    if one == "ended" and not has_started:  # its reports may come later than its result
+        listener.started()
+    return one == "ended"

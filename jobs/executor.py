@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 from jobs import errors, model, worker
@@ -36,9 +35,6 @@ RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
 
 #: Seconds until a job runs again that could not begin.
 PAUSE_SECONDS = 1.0
-
-#: Seconds between the end of a connection and the news that its worker has ended, at most.
-NEWS_SECONDS = 0.5
 
 #: Signals that ask a process to end. The analysis that ran in it is not to blame.
 POLITE = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
@@ -66,35 +62,30 @@ class Listener(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """A worker process, from the wish to have one until it has ended.
+    """One worker process, from the wish to have it until it has ended.
 
     Attributes:
-        slots: How many jobs it may run at once.
-        runs: The jobs in it. A stopped one stays, since its thread may run for ever.
-        is_ready: It has loaded the analysis, and it lives.
-        is_stale: It does not count as one of the workers that there should be.
-        control: Takes the connections of jobs.
+        slots: How many jobs at once it is given; 0 when a job has it for itself.
+        runs: The jobs in it, or those that were in it when it ended. A stopped one stays, since its
+            thread may run for ever.
+        is_stale: It gets no new job once another one serves, and ends when no job needs it.
         pid: Its process and its process group; None before there is one.
+        control: Takes the connections of jobs; None before it has loaded the analysis.
         code: Its exit code, negative for a signal; None until it has ended.
-        suspects: How many jobs were in it when it ended.
-        refusal: Why the analysis could not be loaded.
     """
 
     slots: int
     runs: "set[_Run]" = field(default_factory=set)
-    is_ready: bool = False
     is_stale: bool = False
-    control: socket.socket = field(init=False)
     pid: int | None = None
+    control: socket.socket | None = None
     code: int | None = None
-    suspects: int = 0
-    refusal: str | None = None
 
     @property
     def is_needed(self) -> bool:
         """Whether a job in it may still end well. One that has not begun can begin elsewhere."""
-        begun = (run for run in self.runs if run.has_begun or self.slots == 1)
-        return not all(run.is_stopped for run in begun)
+        bound = (run for run in self.runs if run.has_begun or run.job.alone)
+        return not all(run.is_stopped for run in bound)
 
     def kill(self) -> None:
         """Kill it and what it started, but not when its id may be another's already."""
@@ -150,9 +141,10 @@ class WorkerExecutor:
         # Guards what follows and all records. The condition tells each change that is waited for.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._workers: list[_Worker] = []
+        self._workers: list[_Worker] = []  # the newest first, since others may be stale
+        self._refusal: str | None = None  # why the analysis could not be loaded last
         self._is_started = self._is_draining = False
-        self._is_closed = False
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Start the workers, and return when the first one is ready.
@@ -161,11 +153,13 @@ class WorkerExecutor:
             ConfigError: It cannot load the analysis.
         """
         with self._lock:
-            self._fill()
+            for _ in range(self._count):
+                _start_thread(self._keep)
             seconds = 0.0
-            while not self._changed.wait_for(self._has_tried, LOADING_SECONDS):
-                seconds += LOADING_SECONDS
-                log.info("analysis loading", extra={"seconds": seconds})
+            while not (self._serving() or self._refusal):
+                if not self._changed.wait(LOADING_SECONDS):
+                    seconds += LOADING_SECONDS
+                    log.info("analysis loading", extra={"seconds": seconds})
         if problem := self.failure():
             self.close()
             raise errors.ConfigError([problem])
@@ -174,15 +168,13 @@ class WorkerExecutor:
     def free(self) -> int:
         """Return how many jobs can be given to workers that are ready."""
         with self._lock:
-            return min(sum(one.slots - len(one.runs) for one in self._serving()), sys.maxsize)
+            return sum(one.slots - len(one.runs) for one in self._serving())
 
     def failure(self) -> str | None:
         """Return why no analysis can run now; None when one can."""
         with self._lock:
-            if self._serving():
-                return None
-            refusals = (one.refusal for one in self._workers if one.refusal)
-            return next(refusals, "No worker has loaded the analysis yet.")
+            reason = self._refusal or "No worker has loaded the analysis yet."
+            return None if self._serving() else reason
 
     @contextmanager
     def run(
@@ -199,17 +191,10 @@ class WorkerExecutor:
             listener: Is told what happens until the ending.
         """
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
+        payload = worker.pack(facts, body)
         run = self._runs[job.id] = _Run(job)
         try:
-            try:
-                ending = self._run(run, worker.pack(facts, body), listener)
-            except OSError:  # of a socket
-                ending = self._explain(run)
-            except BaseException:  # of the listener: the analysis goes on, and nobody waits for it
-                self.stop(job.id)
-                raise
-            finally:
-                self._leave(run)
+            ending = self._run(run, payload, listener)
             yield None if run.is_stopped else ending
         finally:
             if run.is_large:
@@ -223,9 +208,10 @@ class WorkerExecutor:
                 run.hang_up()
                 if one := run.worker:
                     log.info("worker retired", extra={"pid": one.pid, "job_id": job_id})
-                    one.is_stale = True
-                    with suppress(OSError):  # the stale one serves until there is another one
-                        self._fill()
+                    with suppress(OSError):  # without a thread for another one, it goes on
+                        if one.slots > 1 and not one.is_stale:
+                            _start_thread(self._keep)
+                        one.is_stale = True
                     self._retire(one)
                 self._changed.notify_all()
 
@@ -237,80 +223,83 @@ class WorkerExecutor:
 
     def close(self) -> None:
         """Kill all workers."""
+        self._closed.set()
+        self.drain()
         with self._lock:
-            self._is_draining = self._is_closed = True
             for one in self._workers:
                 one.kill()
-            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._workers, CLOSE_SECONDS)
 
     # A job's thread
 
-    def _run(
-        self, run: _Run, payload: bytes, listener: Listener
-    ) -> model.Ending | model.Again | None:
-        one = self._take(run)
-        if one is None:
-            return model.Again()
-        run.connection, theirs = socket.socketpair()
-        with theirs:
-            listener.started()  # first, because a worker that is busy may take long to receive
-            socket.send_fds(one.control, [b"j"], [theirs.fileno()])
-        if run.is_stopped:
-            return None
-        run.connection.sendall(payload)
-        return self._listen(run, run.connection, listener) or self._explain(run)
+    def _run(self, run: _Run, payload: bytes, listener: Listener) -> model.Ending | model.Again:
+        try:
+            return self._talk(run, payload, listener) or self._explain(run)
+        except BaseException:  # of the listener: the analysis goes on, and nobody waits for it
+            self.stop(run.job.id)
+            raise
+        finally:
+            self._leave(run)
 
-    def _take(self, run: _Run) -> _Worker | None:
-        """Return a worker with a slot for a job, as soon as there is one; None to give up."""
-        with self._lock:
-            if run.job.alone and not self._is_over(run):
-                # It is full, so nobody else gets it, and stale, so nobody else counts on it.
-                run.worker = _Worker(slots=1, runs={run}, is_stale=True)
-                self._start_soon(run.worker)
-            self._changed.wait_for(lambda: self._is_over(run) or self._has_slot(run))
-            return None if self._is_over(run) else run.worker
+    def _talk(self, run: _Run, payload: bytes, listener: Listener) -> model.Ending | None:
+        """Return how the analysis ended; None when its connection ended before that."""
+        with suppress(OSError):  # of a socket, also when the worker has hung up
+            control = self._take(run)
+            if control is None:
+                return None
+            run.connection, theirs = socket.socketpair()
+            with theirs:
+                listener.started()  # first, because a worker that is busy may take long to receive
+                socket.send_fds(control, [b"j"], [theirs.fileno()])
+            run.connection.sendall(payload)
+            return self._listen(run, run.connection, listener)
+        return None
 
-    def _is_over(self, run: _Run) -> bool:
-        return run.is_stopped or self._is_draining
-
-    def _has_slot(self, run: _Run) -> bool:
-        if run.worker is None:
-            free = (one for one in self._serving() if len(one.runs) < one.slots)
-            run.worker = min(free, key=lambda one: one.is_stale, default=None)
-            if run.worker:
-                run.worker.runs.add(run)
-        return run.worker is not None and run.worker.is_ready
-
-    def _listen(
-        self, run: _Run, connection: socket.socket, listener: Listener
-    ) -> model.Ending | None:
-        """Return how the analysis ended; None when the connection ended before that."""
-        run.has_begun = connection.recv(1) == worker.START
-        while len(head := worker.exactly(connection, worker.FRAME.size)) == worker.FRAME.size:
-            kind, length = worker.FRAME.unpack(head)
+    def _listen(self, run: _Run, connection: socket.socket, listener: Listener) -> model.Ending:
+        frames = worker.Reader(connection)
+        run.has_begun = frames.read(1) == worker.START
+        while True:
+            kind, length = worker.FRAME.unpack(frames.read(worker.FRAME.size))
             if kind == worker.RESULT and length > LARGE_BYTES:
                 run.is_large = self._permits.acquire()
-            payload = worker.exactly(connection, length)
-            if len(payload) < length:
-                break
+            payload = frames.read(length)
             if kind in (worker.RESULT, worker.ERROR):
                 return ending_of(kind, payload)
             _hear(connection, payload, listener)
-        return None
 
-    def _explain(self, run: _Run) -> model.Ending | model.Again | None:
+    def _take(self, run: _Run) -> socket.socket | None:
+        """Return the control of a worker for a job, as soon as there is one; None to give up."""
+        with self._lock:
+            while not (run.is_stopped or self._is_draining):
+                one = run.worker or self._find_worker(run)
+                if one and (one.control or one not in self._workers):
+                    return one.control
+                self._changed.wait()
+            return None
+
+    def _find_worker(self, run: _Run) -> _Worker | None:
+        if run.job.alone:
+            run.worker = _Worker(slots=0, is_stale=True)
+            _start_thread(self._live, run.worker)
+            self._workers.append(run.worker)
+        else:
+            free = (one for one in self._serving() if len(one.runs) < one.slots)
+            run.worker = next(free, None)
+        if run.worker:
+            run.worker.runs.add(run)
+        return run.worker
+
+    def _explain(self, run: _Run) -> model.Ending | model.Again:
         """Return what follows from a connection that ended before the analysis did."""
         with self._lock:
+            if self._is_draining:
+                return model.Again()
             one = run.worker
             if run.is_stopped or one is None or not run.has_begun:
                 return model.Again(pause_seconds=PAUSE_SECONDS)
-            if not self._changed.wait_for(lambda: one.code is not None, NEWS_SECONDS):
-                one.kill()  # the analysis has closed the connection
-                self._changed.wait_for(lambda: one.code is not None)
-            if self._is_draining:
-                return model.Again()
-            if not run.job.alone and (-(one.code or 0) in POLITE or one.suspects > 1):
+            one.kill()  # if it has not ended, the analysis has closed the connection
+            self._changed.wait_for(lambda: one not in self._workers)
+            if not run.job.alone and (-(one.code or 0) in POLITE or len(one.runs) > 1):
                 return model.Again(is_alone=True)
             return model.crashed(f"The analysis ended its process: {_how(one.code)}.")
 
@@ -320,7 +309,7 @@ class WorkerExecutor:
         with self._lock:
             del self._runs[run.job.id]  # from now on, to stop it does nothing
             if one := run.worker:
-                if not run.is_stopped:
+                if not run.is_stopped and one in self._workers:
                     one.runs.discard(run)
                 self._retire(one)
                 self._changed.notify_all()
@@ -330,86 +319,78 @@ class WorkerExecutor:
     # With the lock held
 
     def _serving(self) -> list[_Worker]:
-        """Return the workers that may be given a job when they have a free slot."""
-        ready = (one for one in self._workers if one.is_ready)
-        return [one for one in ready if one.slots > 1 or not one.is_stale]
-
-    def _has_tried(self) -> bool:
-        return any(one.is_ready or one.refusal for one in self._workers)
-
-    def _is_unwanted(self, one: _Worker) -> bool:
-        return self._is_closed or (one.is_stale and not one.is_needed)
-
-    def _fill(self) -> None:
-        """Start as many workers as are missing."""
-        for _ in range(sum(not one.is_stale for one in self._workers), self._count):
-            self._start_soon(_Worker(self._slots))
-
-    def _start_soon(self, one: _Worker) -> None:
-        try:
-            threading.Thread(target=self._keep, args=(one,), name="worker", daemon=True).start()
-        except (RuntimeError, MemoryError) as exc:  # there are too many threads
-            raise OSError(str(exc)) from exc
-        self._workers.append(one)
+        """Return the workers that are ready for any job, now or after another one."""
+        return [one for one in self._workers if one.control and one.slots]
 
     def _retire(self, one: _Worker) -> None:
-        """Kill a stale worker that no job needs, once there is another one for new jobs."""
-        if not one.is_stale or one.is_needed:
-            return
-        if one.slots == 1 or any(not other.is_stale for other in self._serving()):
+        if self._is_useless(one):
             one.kill()
+
+    def _is_useless(self, one: _Worker) -> bool:
+        """Return whether a stale worker may end: no job needs it, and new ones have another.
+
+        When the executor is closed, no other worker is of use either.
+        """
+        if not one.is_stale or one.is_needed:
+            return self._closed.is_set()
+        return one.slots <= 1 or any(not other.is_stale for other in self._serving())
 
     # A worker's thread
 
-    def _keep(self, one: _Worker) -> None:
-        """Have a worker as long as one is wanted."""
+    def _keep(self) -> None:
+        """Have one worker after another, until another thread has one in its place."""
         seconds = RETRY_SECONDS
-        while not self._is_unwanted(one):
-            has_served = self._live(one)
+        while not self._closed.is_set():
+            started_at, one = time.monotonic(), _Worker(self._slots)
             with self._lock:
-                if not has_served:
-                    self._changed.wait_for(partial(self._is_unwanted, one), seconds)
-                    seconds = min(2 * seconds, MAX_RETRY_SECONDS)
-                elif one.is_stale and sum(not it.is_stale for it in self._workers) >= self._count:
-                    break
-                else:
-                    self._workers.remove(one)
-                    one, seconds = _Worker(self._slots), RETRY_SECONDS
-                    self._workers.append(one)
-        with self._lock:
-            self._workers.remove(one)
-            self._changed.notify_all()
+                self._workers.insert(0, one)
+            has_served = self._live(one)
+            if one.is_stale and one.slots > 1:
+                return
+            seconds = RETRY_SECONDS if has_served else min(2 * seconds, MAX_RETRY_SECONDS)
+            if not (has_served and one.runs):
+                self._closed.wait(started_at + seconds - time.monotonic())
 
     def _live(self, one: _Worker) -> bool:
-        """Start a worker's process, wait for its end, and return whether it was of any use."""
+        """Start a worker's process, wait for its end, and return whether it could serve."""
         try:
-            process, control = self._start_process()
+            problem = self._serve(one)
         except (OSError, MemoryError) as exc:
-            self._tell(one, f"No worker can be started: {exc}.")
-            return False
+            problem = f"No worker can be started: {exc}."
+        with self._lock:
+            self._workers.remove(one)
+            for run in one.runs:
+                run.hang_up()
+            if problem and not self._is_useless(one):
+                self._refusal = problem
+                if self._is_started:  # else `start` raises it
+                    log.warning("worker refused", extra={"error": problem})
+            self._changed.notify_all()
+        self._on_change()
+        return problem is None
+
+    def _serve(self, one: _Worker) -> str | None:
+        """Start a process, and wait for its end; say why it could not load the analysis."""
+        process, control = self._start_process()
         with process, control, control.makefile("rb") as lines:
             with self._lock:
-                one.control, one.pid, one.code = control, process.pid, None
-                if self._is_unwanted(one):
-                    one.kill()
+                one.pid = process.pid
+                self._retire(one)
             line = lines.readline()
-            ready_at = time.monotonic()
-            if is_ready := line == worker.READY:
-                self._tell(one, None)
+            if line == worker.READY:
+                self._welcome(one, control)
             else:
                 one.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            one.kill()  # and what it started, while its id cannot be another's
-            code = process.wait()
-        self._bury(one, code)
-        if is_ready:
-            level = logging.INFO if one.is_stale or self._is_draining else logging.WARNING
-            log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(code)})
-            self._on_change()
-        elif not self._is_unwanted(one):
-            problem = line.decode().strip() or f"loading it ended its process: {_how(code)}"
-            self._tell(one, f"ANALYSIS={self._arguments[-1]!r}: {problem}")
-        return is_ready and (bool(one.suspects) or time.monotonic() - ready_at > RETRY_SECONDS)
+            with self._lock:
+                one.kill()  # what it started, while its id cannot be another's
+                one.code = process.wait()
+        if line != worker.READY:
+            problem = line.decode().strip() or f"loading it ended its process: {_how(one.code)}"
+            return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
+        level = logging.INFO if one.is_stale or self._is_draining else logging.WARNING
+        log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(one.code)})
+        return None
 
     def _start_process(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:
         ours, theirs = socket.socketpair()
@@ -425,25 +406,22 @@ class WorkerExecutor:
             )
         return process, ours
 
-    def _tell(self, one: _Worker, refusal: str | None) -> None:
+    def _welcome(self, one: _Worker, control: socket.socket) -> None:
+        """Let a worker have jobs, in place of a stale one."""
         with self._lock:
-            one.refusal, one.is_ready = refusal, refusal is None
+            one.control, self._refusal = control, None
             for other in self._workers:
                 self._retire(other)
             self._changed.notify_all()
-        if refusal and self._is_started:  # else `start` raises it
-            log.warning("worker refused", extra={"error": refusal})
-        elif not refusal:
-            log.info("worker ready", extra={"pid": one.pid})
+        log.info("worker ready", extra={"pid": one.pid})
         self._on_change()
 
-    def _bury(self, one: _Worker, code: int) -> None:
-        """Wake the jobs that were in a worker."""
-        with self._lock:
-            one.is_ready, one.code, one.suspects = False, code, len(one.runs)
-            for run in one.runs:
-                run.hang_up()
-            self._changed.notify_all()
+
+def _start_thread(work: Callable[..., object], *arguments: object) -> None:
+    try:
+        threading.Thread(target=work, args=arguments, name="worker", daemon=True).start()
+    except (RuntimeError, MemoryError) as exc:  # there are too many threads
+        raise OSError(str(exc)) from exc
 
 
 def _how(code: int | None) -> str:
@@ -454,15 +432,15 @@ def _how(code: int | None) -> str:
 
 def _hear(connection: socket.socket, payload: bytes, listener: Listener) -> None:
     """Pass on progress, and what is to be kept if there is such a thing."""
-    report, _, kept = payload.partition(b"\n")
-    if kept:
+    fraction, note, kept = json.loads(payload)
+    if kept is not None:
         problem = ""
         try:
-            listener.kept(kept.decode())
+            listener.kept(kept)
         except errors.Refusal as exc:
             problem = exc.detail
         worker.send(connection, worker.KEPT, problem.encode())
-    listener.progressed(*json.loads(report))
+    listener.progressed(fraction, note)
 
 
 def ending_of(kind: bytes, payload: bytes) -> model.Ending:
@@ -471,5 +449,4 @@ def ending_of(kind: bytes, payload: bytes) -> model.Ending:
         return model.Ending(outcome=model.Outcome.SUCCEEDED, result=payload)
     facts = json.loads(payload)
     ending = model.without_result(model.Outcome.FAILED, facts["kind"], facts["message"])
-    frames, may_run_again = tuple(facts["frames"]), facts["may_run_again"]
-    return replace(ending, frames=frames, may_run_again=may_run_again)
+    return replace(ending, frames=tuple(facts["frames"]), may_run_again=facts["may_run_again"])

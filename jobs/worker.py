@@ -6,7 +6,7 @@ four bytes, and as many bytes.
 
     the service                              the worker
                                        <──   START: the thread runs, and blame begins
-    header and body of the payload     ──>
+    two lengths, its facts, its body   ──>
                                        <──   PROGRESS, also with a value to keep
     KEPT: nothing, or why it was not   ──>
                                        <──   RESULT or ERROR
@@ -50,8 +50,11 @@ PROGRESS, KEPT, RESULT, ERROR = b"p", b"k", b"r", b"e"
 #: What a worker says when it can serve. Any other line says why it cannot.
 READY = b"\n"
 
-#: The kind and the length of a frame; where the header of a job ends, and where its body does.
-FRAME, ENDS = struct.Struct("!cI"), struct.Struct("!II")
+#: The kind and the length of a frame; the lengths of a job's facts and of its body.
+FRAME, LENGTHS = struct.Struct("!cI"), struct.Struct("!II")
+
+#: Bytes that are read at least, if they are there, so that short frames come by one system call.
+READ_BYTES = 65_536
 
 #: Progress less than this many seconds after the last is dropped.
 PROGRESS_SECONDS = 0.25
@@ -163,7 +166,7 @@ class Job:
             self._next_at = time.monotonic() + PROGRESS_SECONDS
             try:
                 self._report(fraction, _clean(str(note), MAX_NOTE), kept)
-            except (OSError, struct.error):  # the service has hung up
+            except OSError:  # the service has hung up
                 if kept is not None:
                     raise RuntimeError("The job has ended, so nothing can be kept.") from None
             if kept is not None:
@@ -269,7 +272,8 @@ def load(name: str) -> Callable[[Any, Job], Any]:
         LoadError: There is no such function, or it takes other parameters.
     """
     module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in f"{module_name}.{attribute}".split(".")):
+    parts = f"{module_name}.{attribute}".split(".")
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
         raise LoadError(FORM)
     module = _import(module_name)
     try:
@@ -288,8 +292,6 @@ def _import(module_name: str) -> Any:
     except BaseException as exc:  # whatever the user's code raises, sys.exit() too
         missing = exc.name if isinstance(exc, ModuleNotFoundError) and exc.name else ""
         if missing and f"{module_name}.".startswith(f"{missing}."):
-            if module_name.endswith(".py"):
-                raise LoadError(FORM) from None
             where = f"looked in {Path.cwd()} and in PYTHONPATH"
             raise LoadError(f"there is no module {module_name!r} ({where})") from None
         if not missing or "." in missing:
@@ -383,12 +385,24 @@ def analyze_on_dask(
 # The connection of a job
 
 
-def exactly(connection: socket.socket, size: int) -> bytes:
-    """Return as many bytes, or fewer when the connection has ended."""
-    data = b""
-    while len(data) < size and (more := connection.recv(size - len(data), socket.MSG_WAITALL)):
-        data += more  # a signal may cut a call short
-    return data
+class Reader:
+    """Reads frames from a connection. Raises OSError when the other end has hung up."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._data = b""  # was received and is not read yet
+
+    def read(self, size: int) -> bytes:
+        """Return as many bytes."""
+        data = self._data
+        while (missing := size - len(data)) > 0:
+            flags = socket.MSG_WAITALL if missing > READ_BYTES else 0
+            more = self.connection.recv(max(missing, READ_BYTES), flags)
+            if not more:
+                raise ConnectionError
+            data += more
+        self._data = data[size:]
+        return data[:size]
 
 
 def send(connection: socket.socket, kind: bytes, payload: bytes) -> None:
@@ -399,37 +413,31 @@ def send(connection: socket.socket, kind: bytes, payload: bytes) -> None:
 def pack(facts: Mapping[str, Any], body: bytes) -> bytes:
     """Return what the service sends for a job."""
     header = json.dumps(facts).encode()
-    end = ENDS.size + len(header)
-    return ENDS.pack(end, end + len(body)) + header + body
+    return LENGTHS.pack(len(header), len(body)) + header + body
 
 
 def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
     """Run one job, in a thread of its own."""
     # Before 3.13, what `current_thread()` returns here would be left for the next such thread.
     threading._active.pop(threading.get_ident(), None)  # type: ignore[attr-defined] # noqa: SLF001
-    with suppress(OSError, struct.error), connection:  # the service has hung up
+    with suppress(OSError), connection:  # the service has hung up
         connection.sendall(START)
-        data = connection.recv(65_536)  # mostly all of it
-        header_end, body_end = ENDS.unpack_from(data)
-        if len(data) < body_end:
-            data += exactly(connection, body_end - len(data))
-        facts = json.loads(data[ENDS.size : header_end])
-        job = Job(partial(_report, connection), **facts)
+        frames = Reader(connection)
+        header_size, body_size = LENGTHS.unpack(frames.read(LENGTHS.size))
+        facts = json.loads(frames.read(header_size))
+        job = Job(partial(_report, frames), **facts)
         job_id.set(job.id)
-        kind, payload = run(analyze, data[header_end:], job)
+        kind, payload = run(analyze, frames.read(body_size), job)
         with job.lock:  # a report that is under way is waited for
             send(connection, kind, payload)
 
 
-def _report(connection: socket.socket, fraction: float, note: str, kept: str | None) -> None:
-    line = json.dumps([fraction, note]).encode()
-    if kept is None:
-        send(connection, PROGRESS, line)
-        return
-    send(connection, PROGRESS, line + b"\n" + kept.encode())
-    _, length = FRAME.unpack(exactly(connection, FRAME.size))
-    if problem := exactly(connection, length):
-        raise RuntimeError(problem.decode())
+def _report(frames: Reader, fraction: float, note: str, kept: str | None) -> None:
+    send(frames.connection, PROGRESS, _encode([fraction, note, kept]).encode())
+    if kept is not None:
+        _, length = FRAME.unpack(frames.read(FRAME.size))
+        if problem := frames.read(length):
+            raise RuntimeError(problem.decode())
 
 
 def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:

@@ -550,3 +550,13 @@ def test_a_later_worker_that_cannot_load_is_told_and_tried_again(own, start, cap
     own("def run(data): return 22")
     assert Call(one, "", 0).result() == 22
     assert one.failure() is None
+
+
+def test_a_job_alone_whose_worker_cannot_load_is_put_back(own, start):
+    own("def run(data): return 1")
+    one = start(None, "own_analysis:run")
+    own("1 / 0")
+
+    assert Call(one, "", 0, **SHARED).wait() == model.Again(pause_seconds=1.0)
+    assert one.failure() is None
+    assert Call(one, "", 0).result() == 1

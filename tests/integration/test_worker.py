@@ -76,17 +76,22 @@ def connect(monkeypatch):
         one.close()
 
 
+def exactly(connection, size):
+    """Return as many bytes, or fewer when the connection has ended."""
+    return connection.recv(size, socket.MSG_WAITALL)
+
+
 def read(connection):
     """Return the kind and the payload of the next frame."""
-    kind, length = worker.FRAME.unpack(worker.exactly(connection, worker.FRAME.size))
-    return kind, worker.exactly(connection, length)
+    kind, length = worker.FRAME.unpack(exactly(connection, worker.FRAME.size))
+    return kind, exactly(connection, length)
 
 
 @pytest.mark.parametrize("size", [0, 3_000_000])
 def test_a_job_begins_and_ends_with_its_result(connect, size):
     connection = connect(echo, json.dumps({"data": "x" * size}).encode())
 
-    assert worker.exactly(connection, 1) == worker.START
+    assert exactly(connection, 1) == worker.START
     assert read(connection) == (worker.RESULT, b'"' + b"x" * size + b'"')
     assert connection.recv(1) == b""
 
@@ -94,7 +99,7 @@ def test_a_job_begins_and_ends_with_its_result(connect, size):
 def test_an_exception_whose_message_cannot_be_read_is_an_error(connect):
     connection = connect(unprintable)
 
-    assert worker.exactly(connection, 1) == worker.START
+    assert exactly(connection, 1) == worker.START
     kind, payload = read(connection)
     assert (kind, json.loads(payload)["kind"]) == (worker.ERROR, "UnprintableError")
     assert json.loads(payload)["message"] == "(its message cannot be read)"
@@ -104,7 +109,7 @@ def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):
     monkeypatch.setattr(worker, "MAX_RESULT_BYTES", 5)
     connection = connect(echo, b'{"data": 123456}')
 
-    assert worker.exactly(connection, 1) == worker.START
+    assert exactly(connection, 1) == worker.START
     kind, payload = read(connection)
     assert (kind, json.loads(payload)["kind"]) == (worker.ERROR, "result_too_large")
 
@@ -117,9 +122,9 @@ def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
     connect, answer, frame
 ):
     connection = connect(report)
-    assert worker.exactly(connection, 1) == worker.START
-    assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter"]')
-    assert read(connection) == (worker.PROGRESS, b'[0.5, ""]\n7')
+    assert exactly(connection, 1) == worker.START
+    assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter", null]')
+    assert read(connection) == (worker.PROGRESS, b'[0.5, "", "7"]')
 
     worker.send(connection, worker.KEPT, answer)
 
@@ -138,7 +143,7 @@ def test_keeping_fails_when_the_service_has_hung_up(connect):
             raised.append(str(exc))
 
     connection = connect(keep)
-    assert worker.exactly(connection, 1) == worker.START
+    assert exactly(connection, 1) == worker.START
     read(connection)
 
     connection.shutdown(socket.SHUT_RDWR)
@@ -152,7 +157,7 @@ def test_a_service_that_hangs_up_before_the_payload_is_passed_over(connect):
 
     connection.shutdown(socket.SHUT_WR)
 
-    assert worker.exactly(connection, 10) == worker.START
+    assert exactly(connection, 10) == worker.START
 
 
 def test_without_a_thread_the_connection_is_closed_before_it_begins(connect, monkeypatch):
@@ -162,7 +167,7 @@ def test_without_a_thread_the_connection_is_closed_before_it_begins(connect, mon
     monkeypatch.setattr(_thread, "start_new_thread", refuse)
     connection = connect(echo, sent=False)
 
-    assert worker.exactly(connection, 1) == b""
+    assert exactly(connection, 1) == b""
 
 
 # ./run analyze
