@@ -39,6 +39,9 @@ PAUSE_SECONDS = 1.0
 #: Signals that ask a process to end. The analysis that ran in it is not to blame.
 POLITE = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
+#: Seconds until the news that the service is to stop, after a worker was asked to end, at most.
+STOP_SECONDS = 0.5
+
 #: Seconds that `close` waits for the workers to end.
 CLOSE_SECONDS = 1.0
 
@@ -299,7 +302,11 @@ class WorkerExecutor:
                 return model.Again(pause_seconds=PAUSE_SECONDS)
             one.kill()  # if it has not ended, the analysis has closed the connection
             self._changed.wait_for(lambda: one not in self._workers)
-            if not run.job.alone and (-(one.code or 0) in POLITE or len(one.runs) > 1):
+            is_polite = -(one.code or 0) in POLITE
+            # Whoever ended it may be about to stop the service, too.
+            if is_polite and self._changed.wait_for(lambda: self._is_draining, STOP_SECONDS):
+                return model.Again()
+            if not run.job.alone and (is_polite or len(one.runs) > 1):
                 return model.Again(is_alone=True)
             return model.crashed(f"The analysis ended its process: {_how(one.code)}.")
 
