@@ -302,6 +302,18 @@ def test_while_the_service_drains_no_job_is_blamed_or_begins(one, tmp_path):
     assert running.wait() == model.Again()
 
 
+def test_a_worker_that_is_asked_to_end_just_before_the_service_crashes_no_job(one, tmp_path):
+    call = Call(one, "hang", str(tmp_path / "go"), **SHARED)
+    mark(call, tmp_path / "go")
+    [pid] = [worker.pid for worker in one._workers if worker.runs]
+
+    os.kill(pid, signal.SIGTERM)
+    poll(lambda: not is_alive(pid), "the end of its worker")
+    one.drain()
+
+    assert call.wait() == model.Again()
+
+
 def test_close_ends_everything_at_once(one, tmp_path):
     calls = [Call(one, "hang", str(tmp_path / "go")) for _ in range(2)]
     mark(calls[0], tmp_path / "go")
