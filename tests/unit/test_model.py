@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,23 +75,6 @@ def test_an_event_has_every_field_of_the_contract():
     }
     assert posted.body[posted.result_at : -2] == SUCCESS.result
     assert (posted.result, posted.result_key) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("ending", "outcome", "message"),
-    [
-        (model.timed_out(0.5), "timed_out", "The analysis took longer than JOB_TIMEOUT, 0.5 s."),
-        (model.canceled(), "canceled", "The job was canceled."),
-        (model.crashed("It ended."), "crashed", "It ended."),
-    ],
-    ids=["timed out", "canceled", "crashed"],
-)
-def test_an_ending_without_a_result_is_posted_with_its_error(ending, outcome, message):
-    document = json.loads(event(ending, max_bytes=1).body)
-
-    assert document["type"] == f"job.{outcome}"
-    assert document["data"]["error"] == {"type": outcome, "message": message}
-    assert document["data"]["result"] is document["data"]["started_at"] is None
 
 
 def test_an_error_may_contain_any_text_and_is_cut():
