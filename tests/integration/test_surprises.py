@@ -7,13 +7,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
-import requests
 
+import app
 from jobs import executor, runner
 from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
@@ -21,7 +19,7 @@ from jobs.journal import Journal
 from jobs.model import Again
 from jobs.runner import Runner
 from tests.conftest import ACT
-from tests.harness import ROOT, Caller, act, environment, events, free_port, poll, refusal
+from tests.harness import ROOT, act, environment, events, failing, poll, refusal
 from tests.integration.test_executor import SHARED, Call
 
 
@@ -57,7 +55,7 @@ def fail_once(fail):
     """Return a function that has a method of the journal fail at its next call that matters."""
 
     def fail_once(name, *, matters=lambda _: True):
-        options = {"matters": lambda one, *_: matters(one), "problem": JournalError("a fault")}
+        options = {"matters": lambda one, *_, **__: matters(one), "problem": JournalError("odd")}
         return fail(Journal, name, **options)
 
     return fail_once
@@ -67,11 +65,11 @@ def fail_once(fail):
 def fail(monkeypatch):
     """Return a function that has a method fail at its next `times` calls that matter."""
 
-    def fail(owner, name, *, times=1, matters=lambda *_: True, problem=MemoryError):
+    def fail(owner, name, *, times=1, matters=lambda *_, **__: True, problem=MemoryError):
         original, failures, has_failed = getattr(owner, name), [problem] * times, threading.Event()
 
         def method(*arguments, **options):
-            if failures and matters(*arguments):
+            if failures and matters(*arguments, **options):
                 problem = failures.pop()
                 if not failures:
                     has_failed.set()
@@ -127,22 +125,6 @@ def own(tmp_path, monkeypatch):
     return write
 
 
-@pytest.fixture
-def run():
-    """Return a function that starts `app.py` and does not wait until it answers."""
-    started = []
-
-    def run(**options):
-        started.append(subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, **options))
-        return started[-1]
-
-    yield run
-
-    for one in started:
-        one.kill()
-        one.wait()
-
-
 # A cancel
 
 
@@ -181,13 +163,15 @@ def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_
 # A journal that fails once
 
 
-def test_a_time_out_whose_write_fails_once_is_written_again(start_hasty, fail_once, tmp_path):
-    service, has_failed = start_hasty(JOB_TIMEOUT="100ms"), fail_once("end")
+def test_a_time_out_is_declared_as_soon_as_the_journal_takes_it(start_hasty, gate):
+    service = start_hasty(JOB_TIMEOUT="300ms")
+    job_id = service.send(gate.data)
+    gate.wait_for(1)
 
-    job_id = service.send(act("hang", str(tmp_path / "hung")))
+    with failing(service.journal):
+        poll(lambda: service.journal.failure, "a time-out that is refused")
 
     assert service.wait_for(job_id)["outcome"] == "timed_out"
-    assert has_failed.is_set()
 
 
 @pytest.mark.parametrize("name", ["earliest_attempts", "claim_due"])
@@ -260,7 +244,7 @@ def test_a_log_line_that_fails_after_a_commit_refuses_nothing(start_hasty, fail,
     monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that the request is the next to commit
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=FullDisk))
     service = start_hasty()
-    has_failed = fail(logging.Logger, "warning", matters=lambda *given: "recovered" in given[1])
+    has_failed = fail(logging.Logger, "warning", matters=lambda _, text: "recovered" in text)
 
     monkeypatch.setattr(FullDisk, "is_full", True)
     assert refusal(service.post("/process", json={"data": 1}), 503)
@@ -290,7 +274,7 @@ def test_a_metric_that_fails_after_a_write_keeps_no_place(start_twice, fail, nam
 def test_a_log_line_that_fails_after_a_write_keeps_no_place(start_twice, fail, caplog, text):
     caplog.set_level("DEBUG", logger="postback")
     service = start_twice()
-    has_failed = fail(logging.Logger, "_log", matters=lambda *given: given[2] == text)
+    has_failed = fail(logging.Logger, "_log", matters=lambda *given, **_: given[2] == text)
 
     jobs = service.wait_for_all([service.send(act("fail_at_first", 1)), service.send(1)])
 
@@ -313,17 +297,6 @@ def test_a_cancel_that_is_not_counted_still_frees_the_worker(start_hasty, fail):
     assert has_failed.wait(10)
     assert service.wait_for(service.send(1))["outcome"] == "succeeded"
     assert service.wait_for(running)["outcome"] == "canceled"
-
-
-def test_an_attempt_that_is_not_counted_is_followed_by_the_next_in_time(
-    start_hasty, receiver, fail
-):
-    receiver.answers = [500]
-    service = start_hasty(POSTBACK_SCHEDULE="50ms")
-    has_failed = fail(service.service.metrics, "attempted")
-
-    assert service.wait_for(service.send(1))["state"] == "delivered"
-    assert has_failed.is_set()
 
 
 def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start_hasty, fail):
@@ -368,41 +341,23 @@ def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-@pytest.mark.parametrize("problem", [MemoryError, RuntimeError])
-def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, monkeypatch, problem):
-    service, start = start_hasty(), threading.Thread.start
-    refused: list[str] = []
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("start", MemoryError), ("start", RuntimeError), ("__init__", MemoryError)],
+)
+def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, fail, name, problem):
+    service = start_hasty(MAX_RUNNING="1")
+    has_failed = fail(threading.Thread, name, matters=is_for_a_job, problem=problem)
 
-    def limited(thread):
-        if len(thread.name) == 32 and not refused:
-            refused.append(thread.name)
-            raise problem
-        start(thread)
+    job = service.wait_for(service.send(1))
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    job_id = service.send(1)
-
-    job = service.wait_for(job_id)
-    assert refused == [job_id]
+    assert has_failed.is_set()
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-def test_a_job_for_whose_thread_there_is_no_memory_runs_later(start_hasty, monkeypatch):
-    service, create = start_hasty(MAX_RUNNING="1"), threading.Thread.__init__
-    refused: list[str] = []
-
-    def limited(thread, *arguments, **options):
-        if len(options.get("name") or "") == 32 and not refused:
-            refused.append(options["name"])
-            raise MemoryError
-        create(thread, *arguments, **options)
-
-    monkeypatch.setattr(threading.Thread, "__init__", limited)
-    job_id = service.send(1)
-
-    job = service.wait_for(job_id)
-    assert refused == [job_id]
-    assert (job["outcome"], job["starts"]) == ("succeeded", 1)
+def is_for_a_job(thread, *arguments, **options):
+    """Return whether a thread that starts, or is made, has the name of a job."""
+    return len(options.get("name") or getattr(thread, "_name", "")) == 32
 
 
 @pytest.mark.parametrize("workers", [None, 1])
@@ -454,38 +409,27 @@ def test_a_worker_that_ends_at_once_is_not_started_again_at_once(
 
 
 @pytest.mark.service
-def test_with_outputs_that_nobody_reads_it_starts_works_and_ends_in_order(run, own):
-    settings = {"JOURNAL": os.environ["JOURNAL"], "PORT": str(free_port()), "LOG_LEVEL": "debug"}
-    settings["ANALYSIS"] = own("def run(data): print(data); return data")
-    service = Caller(f"http://127.0.0.1:{settings['PORT']}")
-    reader, writer = os.pipe()
-    os.close(reader)
-
-    child = run(env=environment(settings), stdout=writer, stderr=writer)
-    os.close(writer)
-    poll(partial(is_ready, service), "the service")
-
-    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
-    service.close()
-    child.terminate()
-    assert child.wait(20) == 0
-
-
-def is_ready(service):
-    with suppress(requests.ConnectionError):
-        return service.get("/readyz").ok
-    return False
-
-
-@pytest.mark.service
-def test_a_stop_while_the_analysis_loads_ends_in_order_and_does_not_wait_for_it(run, own, tmp_path):
+def test_a_stop_while_the_analysis_loads_ends_in_order_and_does_not_wait_for_it(own, tmp_path):
     analysis = own(f"import threading\nopen('{tmp_path}/loads', 'w')\nthreading.Event().wait()")
-    settings = {"JOURNAL": os.environ["JOURNAL"], "ANALYSIS": analysis}
-    child = run(env=environment(settings), stderr=subprocess.PIPE, text=True)
-    poll(Path(tmp_path / "loads").exists, "an analysis that loads")
+    env = environment({"JOURNAL": os.environ["JOURNAL"], "ANALYSIS": analysis})
 
-    child.terminate()
+    command = [sys.executable, "app.py"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as child:
+        poll((tmp_path / "loads").exists, "an analysis that loads")
+        child.terminate()
+        _, told = child.communicate(timeout=20)
 
-    _, told = child.communicate(timeout=20)
     assert child.returncode == 0
     assert "ANALYSIS=" not in told
+
+
+# A stop
+
+
+def test_a_stop_does_not_wait_for_a_journal_that_fails(start_hasty, gate):
+    service = start_hasty()
+    service.send(gate.data)
+    gate.wait_for(1)
+
+    with failing(service.journal):
+        assert service.service.stop() == app.EXIT_LOST

@@ -8,7 +8,6 @@ import pytest
 from jobs.errors import MoveError
 from jobs.journal import Journal
 from jobs.writer import Writer
-from tests.harness import failing
 from tests.integration.test_journal import accept, claim
 
 
@@ -95,28 +94,3 @@ def test_a_write_that_may_fail_is_told_why(desk):
 
     assert desk.told == [("odd", problem)]
     assert desk.writer.failure is None
-
-
-def test_what_the_journal_refused_is_written_by_a_retry(desk):
-    for job_id in desk.jobs:
-        desk.hand_over(job_id)
-    with failing(desk.journal):
-        desk.writer.write()
-        desk.writer.write()  # without a retry it does not try again
-    assert (desk.told, desk.writer.count_failed()) == ([], 3)
-    assert "readonly" in str(desk.writer.failure)
-
-    desk.writer.write(retry=True)
-
-    assert desk.told == [(job_id, None) for job_id in desk.jobs]
-    assert (desk.states(), desk.writer.failure) == (["accepted"] * 3, None)
-
-
-def test_a_follow_up_that_fails_does_not_keep_others_from_being_told(desk, caplog):
-    desk.writer.hand_over(lambda: 0, lambda _: 1 / 0)
-    desk.hand_over(desk.jobs[0])
-
-    desk.writer.write()
-
-    assert desk.told == [(desk.jobs[0], None)]
-    assert caplog.messages == ["write not followed up"]

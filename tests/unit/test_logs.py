@@ -9,23 +9,12 @@ import sys
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from web import logs
 
 log = logging.getLogger("postback")
-
-#: Values that try to end their line, to begin another, or to look like several.
-AWKWARD = [
-    "two\nlines",
-    "a\r\n2026-01-02T03:04:05.678Z INFO postback job delivered job_id=forged",
-    'say "hello" = x',
-    "\x1b[31mred\x07",
-    "line\u2028separator\x85",
-    "",
-    "half \ud800 of a pair",
-]
 
 ANSWER = logs.Answer("POST", "/jobs/x/cancel", "/jobs/<job_id>/cancel", 200, 0.0125)
 
@@ -80,24 +69,19 @@ def test_a_json_line_has_the_same():
     }
 
 
-@pytest.mark.parametrize("value", AWKWARD, ids=ascii)
-def test_a_value_stays_one_word_of_its_line(value):
-    def act():
-        log.info("phrase", extra={"error": value, "last": 1})
+@given(st.text(st.characters(exclude_categories=())))
+@example("a\r\n2026-01-02T03:04:05.678Z INFO postback job delivered job_id=forged")
+@example('say "hello" = x')
+@example("\x1b[31mred\x07 \u2028\x85 half \ud800 of a pair")
+def test_a_text_stays_in_one_line_and_a_value_one_word_of_it(value):
+    record = logging.makeLogRecord({"msg": value, "error": value + " ", "last": 1})
 
-    text = written("text", act)
+    text, line = logs.TextFormatter().format(record), logs.JSONFormatter().format(record)
 
-    assert text[:-1].isprintable()
-    assert json.loads(text.partition(" error=")[2].removesuffix(" last=1\n")) == value
-    assert json.loads(written("json", act))["error"] == value
-
-
-@given(st.text())
-def test_no_text_makes_a_second_line(value):
-    record = logging.makeLogRecord({"msg": value, "error": value})
-
-    assert len(logs.TextFormatter().format(record).splitlines()) == 1
-    assert len(logs.JSONFormatter().format(record).splitlines()) == 1
+    assert text.isprintable()
+    assert json.loads(text.rpartition(" error=")[2].removesuffix(" last=1")) == value + " "
+    assert len(line.splitlines()) == 1
+    assert json.loads(line)["error"] == value + " "
 
 
 @pytest.mark.parametrize("value", ["plain", "/a/b?c", "naïve-☃", "404"])
@@ -105,12 +89,6 @@ def test_a_plain_value_needs_no_quotes(value):
     text = written("text", lambda: log.info("phrase", extra={"error": value}))
 
     assert shlex.split(text)[-1] == f"error={value}"
-
-
-def test_a_phrase_of_another_library_cannot_forge_a_line():
-    text = written("text", lambda: logging.getLogger("other").info("serving %s", "/a\nb"))
-
-    assert text.endswith('INFO other "serving /a\\nb"\n')
 
 
 def test_a_traceback_is_indented_below_its_text_line_and_a_value_in_json():
