@@ -53,6 +53,7 @@ def test_the_log_says_how_an_analysis_failed_and_never_on_what(service, mailbox,
     begin = f"WARNING postback analysis failed job_id={job_id} type={said}"
     (line,) = [one for one in service.log().splitlines() if begin in one]
     assert ("tests/analyses.py:" in line) is (name == "fail")
+    assert "worker.py" not in line
     assert "canary" not in service.log()
 
 
