@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import requests
@@ -184,9 +185,14 @@ def test_a_stop_does_not_wait_for_a_job_that_was_canceled(start_process, tmp_pat
     assert service.end(timeout=5) == 0
 
 
-def test_a_journal_that_is_removed_ends_it_and_nothing_more_is_accepted(start_process, tmp_path):
+@pytest.mark.parametrize(
+    "act", [Path.unlink, lambda path: shutil.copy(path.rename(f"{path}.old"), path)]
+)
+def test_a_journal_that_is_removed_or_replaced_ends_it_and_nothing_more_is_accepted(
+    start_process, tmp_path, act
+):
     service = start_process()
-    (tmp_path / "journal.db").unlink()
+    act(tmp_path / "journal.db")
 
     with pytest.raises((AssertionError, requests.RequestException)):
         service.send(1)

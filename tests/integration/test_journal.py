@@ -224,15 +224,6 @@ def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     assert claimed == [(ids[1], Alone.SHARED), (ids[2], Alone.SHARED), (ids[0], Alone.NO)]
 
 
-def test_a_job_that_waits_to_run_again_is_claimed_when_its_time_has_come(opened):
-    again(opened, running(opened), next_start_at=NOW + SECOND)
-
-    assert claim(opened) == []
-    assert opened.release_due_starts(now=NOW) == (0, NOW + SECOND)
-    assert opened.release_due_starts(now=NOW + SECOND) == (1, None)
-    assert len(claim(opened)) == 1
-
-
 # Deliver
 
 
@@ -266,18 +257,6 @@ def test_undelivered_jobs_of_a_time_are_resent_in_batches(opened):
 # Start, stop and prune
 
 
-def test_what_was_under_way_goes_on_after_an_unclean_end(opened):
-    jobs = {state: BRING_TO[state](opened).id for state in reversed(State)}
-
-    crashed, waiting = opened.resume(now=NOW + SECOND, latest=LATEST)
-
-    assert (crashed, waiting) == ([], 2)
-    ran, posted = opened.job(jobs[RUNNING]), opened.job(jobs[DELIVERING])
-    assert (ran.state, ran.starts, ran.interrupted) == (ACCEPTED, 1, 1)
-    assert posted.next_attempt_at == NOW + SECOND
-    assert {opened.job(jobs[state]).state for state in ENDED} == ENDED
-
-
 def test_a_job_runs_alone_from_its_third_unclean_end_and_is_given_back_at_its_fifth(opened):
     job_id, seen = accept(opened), []
 
@@ -291,19 +270,6 @@ def test_a_job_runs_alone_from_its_third_unclean_end_and_is_given_back_at_its_fi
 
     assert (seen, limited) == ([0, 0, Alone.INTERRUPTED, Alone.INTERRUPTED], [])
     assert (crashed.id, crashed.state, crashed.interrupted) == (job_id, RUNNING, 5)
-
-
-def test_a_job_that_kept_a_value_since_it_ran_alone_may_share_a_worker_again(opened):
-    job_id = accept(opened)
-    for _ in range(3):
-        claim(opened)
-        opened.resume(now=NOW, latest=LATEST)
-    (alone,) = claim(opened)
-
-    opened.keep(job_id, "1")
-
-    assert alone.job.alone == Alone.INTERRUPTED
-    assert (opened.job(job_id).alone, opened.job(job_id).interrupted) == (0, 0)
 
 
 def test_nothing_is_due_later_than_the_schedule_allows_when_the_clock_was_set_back(opened):

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pycurl
 import pytest
-from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+from standardwebhooks.webhooks import Webhook
 
 import postback
-from jobs import errors, model
+from jobs import model
 from tests import receiver as script
 from tests.certificates import Certificates
 from tests.receiver import Receiver
-from web import outbound, signatures
+from web import outbound
 
 ROOT = Path(__file__).parent.parent.parent
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -32,13 +32,8 @@ EVENT = b'{"type": "job.succeeded", "data": {"id": "job_1", "result": "\xc3\xa9"
 OK = b"HTTP/1.1 200 OK\r\n"
 LATE = "no answer within 0.3 s"
 CLOSED = "the connection was closed without an answer"
+LONG_AGO = "20210101000000Z"
 NOT_HTTP = "the answer is not proper HTTP"
-
-
-@pytest.fixture
-def receiver():
-    with Receiver() as one:
-        yield one
 
 
 @pytest.fixture
@@ -144,14 +139,6 @@ def test_the_event_is_sent_byte_for_byte_with_the_headers_of_a_webhook(sender_wi
     }
 
 
-def test_without_a_secret_nothing_is_signed(sender, receiver):
-    attempt(sender, event=b"")
-
-    [request] = receiver.wait_for(1)
-    assert "webhook-signature" not in request.headers
-    assert request.headers["content-length"] == "0"
-
-
 def test_f25_f26_each_attempt_verifies_under_each_secret_two_hours_later_too(sender_with, receiver):
     ticks = iter([datetime.now(UTC) - timedelta(hours=2), datetime.now(UTC)])
     sender = sender_with(receiver.url, secrets=[SECRET, OTHER], clock=lambda: next(ticks))
@@ -166,27 +153,20 @@ def test_f25_f26_each_attempt_verifies_under_each_secret_two_hours_later_too(sen
     assert first.headers["webhook-signature"] != second.headers["webhook-signature"]
 
 
-def test_i34_a_receiver_that_a_caller_names_has_a_secret_of_its_own(sender_with, receiver):
-    with Receiver() as ours, Receiver() as listed:
+def test_i34_a_caller_that_names_our_own_receiver_changes_no_secret(sender_with, receiver):
+    with Receiver() as own:
         sender = sender_with(
-            ours.url,
-            own_origins=frozenset({listed.origin}),
-            policy=outbound.Policy.of(f"{receiver.origin} {ours.origin} {listed.origin}"),
-            secrets=[SECRET, OTHER],
+            receiver.url,
+            own_origins=frozenset({own.origin}),
+            policy=outbound.Policy.of(f"{receiver.origin} {own.origin}"),
+            secrets=[SECRET],
             clock=lambda: datetime.now(UTC),
         )
-        for url in (None, ours.url, listed.url, receiver.url):
+        for url in (receiver.url, own.url):
             attempt(sender, url)
 
-    for secret in (SECRET, OTHER):
-        for request in (*ours.requests, *listed.requests):
-            Webhook(secret).verify(request.body, request.headers)
-        derived = signatures.secret_for(secret, receiver.origin)
-        [request] = receiver.requests
-        Webhook(derived).verify(request.body, request.headers)
-        with pytest.raises(WebhookVerificationError):
-            Webhook(secret).verify(request.body, request.headers)
-    assert (len(ours.requests), len(listed.requests)) == (2, 1)
+        for request in (*receiver.wait_for(1), *own.wait_for(1)):
+            Webhook(SECRET).verify(request.body, request.headers)
 
 
 def test_headers_of_the_caller_and_of_the_operator_are_sent_too(sender_with, receiver):
@@ -252,17 +232,10 @@ def test_f08_any_2xx_is_delivered(sender, receiver, status_code):
 @pytest.mark.parametrize(
     ("status_code", "error"),
     [
-        (400, "400 Bad Request"),
-        (401, "401 Unauthorized"),
-        (403, "403 Forbidden"),
-        (404, "404 Not Found"),
-        (429, "429 Too Many Requests"),
-        (500, "500 Internal Server Error"),
-        (502, "502 Bad Gateway"),
-        (503, "503 Service Unavailable"),
-        (504, "504 Gateway Timeout"),
-        (599, "599"),
-        (999, "999"),
+        *((400, "400 Bad Request"), (401, "401 Unauthorized"), (403, "403 Forbidden")),
+        *((404, "404 Not Found"), (429, "429 Too Many Requests"), (502, "502 Bad Gateway")),
+        *((500, "500 Internal Server Error"), (504, "504 Gateway Timeout")),
+        *((503, "503 Service Unavailable"), (599, "599"), (999, "999")),
     ],
 )
 def test_f10_f13_any_other_status_is_a_failed_attempt(sender, receiver, status_code, error):
@@ -274,8 +247,13 @@ def test_f10_f13_any_other_status_is_a_failed_attempt(sender, receiver, status_c
     assert made.hold_seconds == 0
 
 
-@pytest.mark.parametrize("status_code", [301, 302, 303, 304, 307, 308])
-@pytest.mark.parametrize("place", ["/postback", "http://169.254.169.254/latest/meta-data"])
+@pytest.mark.parametrize(
+    ("status_code", "place"),
+    [
+        *((status_code, "/postback") for status_code in (301, 302, 303, 304, 307, 308)),
+        (302, "http://169.254.169.254/latest/meta-data"),
+    ],
+)
 def test_f07_d11_a_redirect_is_a_failure_and_not_followed(sender, receiver, status_code, place):
     receiver.answers = [status(status_code, Location=place)]
 
@@ -283,21 +261,6 @@ def test_f07_d11_a_redirect_is_a_failure_and_not_followed(sender, receiver, stat
 
     assert made.error.endswith("redirects are not followed")
     assert len(receiver.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (410, "410 Gone"),
-        (status(500, Webhook_Delivery="abort-message"), "500 Internal Server Error"),
-    ],
-)
-def test_f11_an_answer_may_ask_for_no_further_attempt(sender, receiver, answer, error):
-    receiver.answers = [answer]
-
-    made = attempt(sender)
-
-    assert (made.error, made.seconds_until_next) == (error, None)
 
 
 @pytest.mark.parametrize(
@@ -420,10 +383,7 @@ def test_f01_a_refused_connection_is_a_failed_attempt_until_the_receiver_comes_u
     with Receiver(port=port):
         delivered = attempt(sender)
 
-    assert (refused.error, refused.status_code) == (
-        "the connection failed: Connection refused",
-        None,
-    )
+    assert refused.error == "the connection failed: Connection refused"
     assert delivered.delivered
 
 
@@ -489,25 +449,6 @@ def test_closed_idle_connections_leave_no_descriptor_and_it_goes_on(sender_with)
     assert descriptors() == before
 
 
-def test_an_event_does_not_stay_in_memory(sender):
-    event = bytes(1_000_000)
-    before = sys.getrefcount(event)
-
-    attempt(sender, event=event)
-
-    assert sys.getrefcount(event) == before
-
-
-def test_256_attempts_at_once_are_made_in_silence(sender, receiver, caplog):
-    caplog.set_level(logging.DEBUG)
-
-    with ThreadPoolExecutor(256) as pool:
-        made = list(pool.map(lambda _: attempt(sender), range(256)))
-
-    assert all(one.delivered for one in made)
-    assert caplog.records == []
-
-
 HANGING_NAMES = """
 import fcntl, socket, struct, time
 import tests.integration.test_postback as test
@@ -569,24 +510,23 @@ def test_i18_a_first_address_that_is_silent_costs_less_than_a_second(
     assert made.duration_seconds < 1
 
 
-def test_a_connection_is_kept_for_the_next_attempt(sender, receiver):
-    receiver.answers = [204, 500, script.reply(200, b"x" * 4000), 202]
-
-    for _ in range(4):
-        attempt(sender)
-
-    assert {request.connection for request in receiver.wait_for(4)} == {1}
-
-
-@pytest.mark.parametrize("answer", [script.reply(200, b"x" * 5000), script.TRUNCATED])
-def test_a_connection_with_something_left_on_it_is_not_used_again(sender, receiver, answer):
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        (204, [1, 1]),
+        (500, [1, 1]),
+        (script.reply(200, b"x" * 4000), [1, 1]),
+        (script.reply(200, b"x" * 5000), [1, 2]),  # more than is read
+        (script.TRUNCATED, [1, 2]),
+    ],
+)
+def test_a_connection_is_kept_unless_something_is_left_on_it(sender, receiver, answer, connections):
     receiver.answers = [answer, 204]
 
-    attempt(sender)
-    made = attempt(sender)
+    made = [attempt(sender) for _ in range(2)]
 
-    assert made.delivered
-    assert [request.connection for request in receiver.wait_for(2)] == [1, 2]
+    assert made[1].delivered
+    assert [request.connection for request in receiver.wait_for(2)] == connections
 
 
 def test_i19_f20_a_kept_connection_that_was_closed_costs_no_attempt(sender, receiver):
@@ -642,17 +582,6 @@ def test_a_url_that_is_not_listed_is_refused(sender, receiver):
 
     assert made.error.startswith(f"refused: postback_url: {receiver.origin} is not listed")
     assert (made.seconds_until_next, made.status_code, receiver.connections) == (2.0, None, 0)
-
-
-def test_a_listed_origin_may_be_private(sender_with, receiver):
-    sender = sender_with("http://a", policy=outbound.Policy.of(receiver.origin))
-
-    assert attempt(sender, receiver.url).delivered
-
-
-def job_fields(url):
-    fields = {"state": model.State.DELIVERING, "forwarded": {}, "created_at": NOW}
-    return {"id": "job_1", "postback_url": url, "receiver": "", **fields}
 
 
 @pytest.mark.parametrize(
@@ -748,13 +677,9 @@ def old_tls(tls):
     ("context", "error"),
     [
         case(
-            "F04 expired",
-            lambda tls: tls.server("localhost", until="20210101000000Z"),
-            "certificate has expired",
+            "F04 expired", lambda tls: tls.server("localhost", until="20210101000000Z"), "expired"
         ),
-        case(
-            "F04 self-signed", lambda tls: tls.self_signed("localhost"), "self-signed certificate"
-        ),
+        case("F04 self-signed", lambda tls: tls.self_signed("localhost"), "self-signed"),
         case("F04 wrong name", lambda tls: tls.server("other.example"), "localhost"),
         case("F04 TLS 1.0", old_tls, "version"),
     ],
@@ -829,17 +754,6 @@ def test_f12_retry_after_may_be_a_date(sender, receiver, seconds, expected):
     assert attempt(sender).hold_seconds == pytest.approx(expected, abs=10)
 
 
-def test_a_resend_has_the_whole_schedule_before_it(sender_with, receiver):
-    receiver.default = 500
-    sender = sender_with(receiver.url, schedule=[2.0, 10.0])
-    job = model.Job(**job_fields(None), attempts=4, resent_after=3)
-
-    made = sender.attempt(job, EVENT)
-
-    assert (made.number, made.seconds_until_next) == (5, 10.0)
-    assert receiver.requests[0].headers["webhook-attempt-max"] == "6"
-
-
 def test_no_retry_is_later_than_the_longest_wait(sender_with):
     assert sender_with("http://a", schedule=[1.0]).longest_wait_seconds == 3600
     assert sender_with("http://a", schedule=[86400.0, 1]).longest_wait_seconds == 86400 * 1.2
@@ -849,8 +763,3 @@ def test_an_error_that_nobody_expected_is_a_failed_attempt(sender):
     made = attempt(sender, forwarded={"X-A": "\u20ac"})
 
     assert made.error == "UnicodeEncodeError"
-
-
-def test_a_refusal_at_start_names_the_part(sender_with):
-    with pytest.raises(errors.Refusal, match="The host"):
-        sender_with("http://" + "a" * 64 + ".example/")
