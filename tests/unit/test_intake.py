@@ -162,7 +162,7 @@ edits = st.lists(
 
 
 @given(value=json_values, changes=edits, as_ascii=st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_any_bytes_are_read_as_json_reads_them_or_refused(value, changes, as_ascii):
     body = json.dumps({"data": [value], "postback_url": "x"}, ensure_ascii=as_ascii).encode()
     assert intake.parse(body, max_depth=65)["data"] == [value]
@@ -181,7 +181,7 @@ HEADERS = [
 
 
 @given(headers=st.dictionaries(st.sampled_from(HEADERS), st.text(st.characters(max_codepoint=255))))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_any_header_is_understood_or_refused(headers):
     environ = request(**headers)
 
