@@ -53,11 +53,6 @@ def test_a_text_is_counted_in_characters_words_and_lines():
     words = frequent(profile, "most_frequent_words")
     assert words == [("to", 2), ("be", 2), ("or", 1), ("not", 1)]
     assert (profile["characters"], profile["words"], profile["lines"]) == (21, 6, 2)
-        "string",
-        21,
-        6,
-        2,
-    ]
 
 
 @pytest.mark.parametrize(
