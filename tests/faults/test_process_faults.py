@@ -4,7 +4,6 @@ Kills at chosen points are in tests/acceptance/test_restarting.py, power cuts in
 """
 
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -57,32 +56,6 @@ def test_g09_no_kill_under_load_loses_or_invents_a_job():
     assert ledger.counts["worker_kills"] > 0
     assert len(ledger.promised) > 200
     assert set(ledger.promised) <= ledger.delivered
-
-
-def event(job_id: str, outcome: str, result: object = None) -> bytes:
-    error = {"message": "The analysis ended its process: signal 9 (Killed)."}
-    data = {"id": job_id, "outcome": outcome, "result": result, "error": error}
-    return json.dumps({"data": data}).encode()
-
-
-@pytest.mark.parametrize(
-    ("received", "violation"),
-    [
-        ([event("a", "succeeded", 2)], "a was never sent"),
-        ([event("b", "succeeded", 1)], "a came with the event of b"),
-        ([event("a", "failed")], "a ended as failed"),
-        ([event("a", "crashed")], "a crashed, which no kill explains"),
-        ([event("a", "succeeded", 1), event("a", "succeeded", 1) + b" "], "a changed"),
-    ],
-)
-def test_g09_the_ledger_sees_a_broken_promise(received, violation):
-    ledger = kills.Ledger(sent={1})
-    ledger.promise("a", 1)
-
-    for body in received:
-        ledger.receive("a", body, answer=200)
-
-    assert ledger.violation == violation
 
 
 # Signals
@@ -426,33 +399,6 @@ def is_due_in_time(job: model.Job, now: datetime) -> bool:
     """Return whether the next attempt waits, and not much longer than the schedule says."""
     due_at = job.next_attempt_at
     return due_at is not None and now < due_at <= now + timedelta(hours=2.5)
-
-
-# Faults of our own
-
-
-@pytest.mark.parametrize(
-    ("name", "logged"),
-    [("claim", "runner failed"), ("record", "write failed")],
-)
-def test_g27_whatever_is_raised_unexpectedly_is_logged_and_the_work_goes_on(
-    start, monkeypatch, caplog, name, logged
-):
-    service = start(**ACT)
-    original = getattr(service.journal, name)
-    faults = [ValueError("unexpected")]
-
-    def fail_once(*args, **kwargs):
-        if faults:
-            raise faults.pop()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(service.journal, name, fail_once)
-
-    job = service.wait_for(service.send(1))
-
-    assert job["state"] == "delivered"
-    poll(lambda: logged in caplog.messages, "a line in the log")
 
 
 # A container

@@ -51,17 +51,6 @@ def start_twice(start_hasty, receiver, monkeypatch):
 
 
 @pytest.fixture
-def fail_once(fail):
-    """Return a function that has a method of the journal fail at its next call that matters."""
-
-    def fail_once(name, *, matters=lambda _: True):
-        options = {"matters": lambda one, *_, **__: matters(one), "problem": JournalError("odd")}
-        return fail(Journal, name, **options)
-
-    return fail_once
-
-
-@pytest.fixture
 def fail(monkeypatch):
     """Return a function that has a method fail at its next `times` calls that matter."""
 
@@ -128,29 +117,18 @@ def own(tmp_path, monkeypatch):
 # A cancel
 
 
-def do_before(monkeypatch, owner, name, do):
-    """Call `do` before each call of a method."""
-    original = getattr(owner, name)
-
-    def late(*arguments, **options):
-        do()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, late)
-
-
 def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_result(
     start_hasty, receiver, monkeypatch, tmp_path
 ):
-    service = start_hasty(EXECUTOR="process", WORKERS="1")
-    canceled: list[str] = []
+    service, run = start_hasty(EXECUTOR="process", WORKERS="1"), WorkerExecutor.run
+    canceled: list[int] = []
 
-    def cancel():
+    def cancel_first(one, job, *arguments, **options):
         if not canceled:
-            canceled.extend(job["id"] for job in service.get("/jobs?state=running").json()["jobs"])
-            assert service.post(f"/jobs/{canceled[0]}/cancel").status_code == 200
+            canceled.append(service.post(f"/jobs/{job.id}/cancel").status_code)
+        return run(one, job, *arguments, **options)
 
-    do_before(monkeypatch, WorkerExecutor, "run", cancel)
+    monkeypatch.setattr(WorkerExecutor, "run", cancel_first)
     hung = service.send(act("hang", str(tmp_path / "hung")))
     other = service.send(1)
 
@@ -158,6 +136,7 @@ def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_
     assert service.wait_for(hung)["outcome"] == "canceled"
     posted = {event["data"]["id"]: event["data"]["outcome"] for event in events(receiver.requests)}
     assert posted == {hung: "canceled", other: "succeeded"}
+    assert canceled == [200]
 
 
 # A journal that fails once
@@ -175,9 +154,10 @@ def test_a_time_out_is_declared_as_soon_as_the_journal_takes_it(start_hasty, gat
 
 
 @pytest.mark.parametrize("name", ["earliest_attempts", "claim_due"])
-def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, fail_once, name):
+def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, fail, name):
     find = Journal.earliest_attempts
-    has_failed = fail_once(name, matters=find)  # when there is an attempt to be found
+    options = {"problem": JournalError("a fault"), "matters": lambda one, *_, **__: find(one)}
+    has_failed = fail(Journal, name, **options)  # when there is an attempt to be found
     receiver.answers = [500]
     service = start_hasty()
 
@@ -185,6 +165,19 @@ def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, f
 
     assert service.wait_for(job_id)["attempts_made"] == 2
     assert has_failed.is_set()
+
+
+@pytest.mark.parametrize(
+    ("name", "logged"), [("claim", "runner failed"), ("record", "write failed")]
+)
+def test_g27_whatever_is_raised_unexpectedly_is_logged_and_the_work_goes_on(
+    start_hasty, fail, caplog, name, logged
+):
+    service = start_hasty()
+    fail(Journal, name, problem=ValueError("unexpected"))
+
+    assert service.wait_for(service.send(1))["state"] == "delivered"
+    poll(lambda: logged in caplog.messages, "a line in the log")
 
 
 def test_jobs_whose_commit_failed_do_not_fill_the_queue(start_hasty, gate, monkeypatch):
@@ -427,7 +420,7 @@ def test_a_stop_while_the_analysis_loads_ends_in_order_and_does_not_wait_for_it(
 
 
 def test_a_stop_does_not_wait_for_a_journal_that_fails(start_hasty, gate):
-    service = start_hasty()
+    service = start_hasty(DRAIN="100ms")
     service.send(gate.data)
     gate.wait_for(1)
 
