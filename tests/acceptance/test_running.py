@@ -79,17 +79,14 @@ def test_no_more_than_max_running_analyses_run_and_they_start_in_order(start_pro
 # What ends a process, or forks one
 
 
-@pytest.mark.parametrize(
-    ("way", "told"), [("segfault", "signal 11 (Segmentation fault)"), ("exit 3", "exit code 3")]
-)
-def test_a_job_that_ends_its_worker_crashes_alone(either, mailbox, way, told):
-    ways = [act("sleep", 0.2)] * 6 + [act("end_process", way)] + [act("sleep", 0.2)] * 6
+def test_a_job_that_ends_its_worker_crashes_alone(either, mailbox):
+    ways = [act("sleep", 0.1)] * 6 + [act("end_process", "segfault")] + [act("sleep", 0.1)] * 6
 
     jobs = either.wait_for_all([either.send(data, mailbox) for data in ways])
 
     outcomes = [job["outcome"] for job in jobs]
     assert outcomes == ["succeeded"] * 6 + ["crashed"] + ["succeeded"] * 6
-    assert told in jobs[6]["error"]["message"]
+    assert "signal 11 (Segmentation fault)" in jobs[6]["error"]["message"]
     assert len(mailbox.requests) == 13
     poll(lambda: either.get("/readyz").status_code == 200, "ready")
 
@@ -161,12 +158,12 @@ def test_jobs_that_hang_time_out_and_free_their_places(start_process, tmp_path, 
 
 
 def test_the_time_that_a_worker_takes_to_load_is_not_counted(start_process, tmp_path):
-    slow = "import threading; threading.Event().wait(0.6); from tests.analyses import act"
+    slow = "import threading; threading.Event().wait(0.4); from tests.analyses import act"
     (tmp_path / "slow.py").write_text(slow, encoding="ascii")
     service = start_process(
         EXECUTOR="process",
         WORKERS="1",
-        JOB_TIMEOUT="300ms",
+        JOB_TIMEOUT="200ms",
         ANALYSIS="slow:act",
         PYTHONPATH=str(tmp_path),
     )
@@ -199,8 +196,10 @@ def test_a_job_that_waits_can_be_canceled_and_never_runs(start_process, gate, re
     assert gate.begun() == [running, last]
 
 
-def test_to_cancel_a_job_that_hangs_frees_its_place(start_process, tmp_path):
-    service = start_process(MAX_RUNNING="1")
+def test_to_cancel_a_job_that_hangs_frees_its_place_and_a_stop_does_not_wait_for_it(
+    start_process, tmp_path
+):
+    service = start_process(MAX_RUNNING="1", DRAIN="1h")
     hung = service.send(act("hang", str(tmp_path / "hung")))
     poll(lambda: list(tmp_path.glob("hung.*")), "a job that hangs")
     after = service.send(1)
@@ -209,6 +208,7 @@ def test_to_cancel_a_job_that_hangs_frees_its_place(start_process, tmp_path):
 
     jobs = service.wait_for_all([hung, after])
     assert [job["outcome"] for job in jobs] == ["canceled", "succeeded"]
+    assert service.end(timeout=5) == 0
 
 
 def test_of_cancel_and_end_exactly_one_is_posted(service, mailbox, gate):

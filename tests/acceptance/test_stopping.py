@@ -15,7 +15,7 @@ import pytest
 import requests
 
 import config
-from tests.harness import ROOT, Caller, act, environment, events, poll, refusal
+from tests.harness import ROOT, Caller, environment, events, poll, refusal
 
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="install curl")
 
@@ -173,16 +173,6 @@ def test_a_second_signal_ends_it_at_once(start_process, gate):
     service.wait_for_log("drain begun")
 
     assert service.end(timeout=3) == 128 + signal.SIGTERM
-
-
-def test_a_stop_does_not_wait_for_a_job_that_was_canceled(start_process, tmp_path):
-    service = start_process(DRAIN="1h")
-    job_id = service.send(act("hang", str(tmp_path / "hung")))
-    poll(lambda: list(tmp_path.glob("hung.*")), "a job that hangs")
-    service.post(f"/jobs/{job_id}/cancel")
-    service.wait_for(job_id)
-
-    assert service.end(timeout=5) == 0
 
 
 @pytest.mark.parametrize(
