@@ -23,18 +23,8 @@ _held: list[int] = []
 
 def act(data: Any, job: Any) -> Any:
     """Call the function that the data names, here or in tests/analyses.py."""
-    if data["call"] == "report_and_keep":
-        return report_and_keep(job)
     function = globals().get(data["call"])
     return function(data["with"]) if function else act_plainly(data, job)
-
-
-def report_and_keep(job: Any) -> Any:
-    """Report three times, of which the second is too soon, and return what was kept."""
-    job.progress(0.1, "a")
-    job.progress(0.2)
-    job.progress(0.3, "b", keep={"n": 1})
-    return job.kept
 
 
 def die_later(data: float) -> None:

@@ -99,16 +99,7 @@ def test_an_analysis_that_the_workers_do_not_have_fails_its_jobs(cluster, start,
     assert ending.error["type"] == "LoadError"
 
 
-def test_a_stopped_job_is_given_up(cluster, start, tmp_path):
-    call = Call(start(cluster), "wait", str(tmp_path / "go"))
-    mark(call, tmp_path / "go")
-
-    call.stop()
-
-    assert call.wait() is None
-    (tmp_path / "go").touch()
-
-
+@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_is_run_by_another(own_cluster, start, tmp_path):
     one = start(own_cluster.start(workers=1))
     call = Call(one, "wait", str(tmp_path / "go"))
@@ -185,14 +176,17 @@ def test_a_file_that_the_workers_cannot_import_is_said(cluster, start, tmp_path)
     poll(lambda: "cannot be used: division by zero" in (one.failure() or ""), "the failure")
 
 
-def test_close_gives_up_what_runs(cluster, start, tmp_path):
+def test_what_is_stopped_is_given_up_and_so_is_all_at_the_close(cluster, start, tmp_path):
     one = start(cluster)
-    call = Call(one, "wait", str(tmp_path / "go"))
-    mark(call, tmp_path / "go")
+    stopped, other = (Call(one, "wait", str(tmp_path / "go")) for _ in range(2))
+    mark(stopped, tmp_path / "go")
 
+    stopped.stop()
+    assert stopped.wait() is None
+    mark(other, tmp_path / "go")
     one.close()
 
-    assert call.wait() is None
+    assert other.wait() is None
     assert one.free() == 0
     (tmp_path / "go").touch()
 

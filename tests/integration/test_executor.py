@@ -35,23 +35,23 @@ _numbers = itertools.count(1)
 class Call(threading.Thread):
     """One call of `run` in a thread of its own, which notes what the listener is told."""
 
-    def __init__(self, one, name, data, *, kept=None, keep=None, gate=None, **fields):
+    def __init__(self, one, name, data, *, gate=None, **fields):
         super().__init__(daemon=True)
         self.job = dataclasses.replace(JOB, id=f"job-{next(_numbers)}", **fields)
         self.told: list[Any] = []
         self.has_started = threading.Event()
         self.ending = "none yet"
-        self._one, self._kept, self._gate = one, kept, gate
+        self._one, self._gate = one, gate
         self._body = json.dumps({"data": act(name, data)}).encode()
         self._listener = Listener(
             started=self.has_started.set,
             progressed=lambda *report: self.told.append(report),
-            kept=keep or self.told.append,
+            kept=self.told.append,
         )
         self.start()
 
     def run(self):
-        call = self._one.run(self.job, self._body, kept=self._kept, listener=self._listener)
+        call = self._one.run(self.job, self._body, kept=None, listener=self._listener)
         with call as self.ending:
             if self._gate:
                 self._gate.wait(20)
@@ -124,28 +124,6 @@ def test_a_large_payload_and_a_large_result_arrive(one):
     assert Call(one, "echo", "x" * 5_000_000).result() == "x" * 5_000_000
 
 
-def test_what_cannot_be_kept_is_raised_in_the_analysis(one):
-    def keep(text):
-        raise errors.JournalError("The disk is full.")
-
-    assert Call(one, "report_and_keep", 0, keep=keep).error() == "The disk is full."
-
-
-def test_what_the_listener_raises_reaches_its_caller_and_leaves_no_place_taken(start):
-    one = start(1)
-
-    def fail():
-        raise ZeroDivisionError
-
-    listener = Listener(started=fail, progressed=lambda *_: None, kept=lambda _: None)
-    call = one.run(dataclasses.replace(JOB, id="a"), b"{}", kept=None, listener=listener)
-
-    with pytest.raises(ZeroDivisionError), call:
-        pass
-
-    assert Call(one, "echo", 1).result() == 1
-
-
 # What a process has of its own
 
 
@@ -210,20 +188,6 @@ def test_a_job_that_has_ended_is_not_to_blame(start):
     assert Call(one, "sleep", 10).wait().outcome == "crashed"
 
 
-def test_a_job_alone_shares_its_worker_with_nobody(start, tmp_path):
-    one = start()
-    alone = Call(one, "hang", str(tmp_path / "go"), **SHARED)
-    pid = mark(alone, tmp_path / "go")
-
-    assert Call(one, "pid", 0).result() != int(pid)
-    assert one.free() > 1000
-    alone.stop()
-
-    assert alone.wait() is None
-    poll(lambda: not is_alive(pid), "the end of its worker")
-    poll(lambda: len(one._workers) == 1, "one worker is left")
-
-
 def test_an_analysis_that_ends_its_worker_politely_does_so_only_twice(one):
     assert Call(one, "terminate", 0).wait() == model.Again(is_alone=True)
     assert "signal 15 (Terminated)" in Call(one, "terminate", 0, **SHARED).error()
@@ -238,15 +202,6 @@ def test_while_the_service_drains_no_job_is_blamed_or_begins(one, tmp_path):
     assert Call(one, "echo", 1).wait() == model.Again()
     one._workers[0].kill()
     assert running.wait() == model.Again()
-
-
-def test_close_ends_everything_at_once(one, tmp_path):
-    calls = [Call(one, "hang", str(tmp_path / "go")) for _ in range(2)]
-    mark(calls[0], tmp_path / "go")
-
-    one.close()
-
-    assert {type(call.wait()) for call in calls} == {model.Again}
 
 
 # Stopped jobs
@@ -305,19 +260,6 @@ def test_a_stopped_job_may_have_ended_the_worker_of_another(start, tmp_path):
     os.kill(pid, signal.SIGKILL)
 
     assert other.wait() == model.Again(is_alone=True)
-
-
-def test_a_job_that_waits_for_a_worker_can_be_stopped(start, tmp_path):
-    one = start(1)
-    hung = Call(one, "hang", str(tmp_path / "go"))
-    mark(hung, tmp_path / "go")
-    waiting = Call(one, "echo", 1)
-
-    waiting.stop()
-
-    assert waiting.wait() is None
-    assert not waiting.has_started.is_set()
-    hung.stop()
 
 
 # Places
