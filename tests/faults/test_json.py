@@ -103,15 +103,7 @@ def test_a_value_arrives_as_it_was_sent(service, mailbox, text):
     assert json.loads(request.body)["data"]["result"] == json.loads(text)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(of(lists(1000)), id="C04 1,000"),
-        pytest.param(of(objects(100_000)), id="C04 100,000"),
-        pytest.param(of("9" * 4301), id="C05 4,301 digits"),
-        pytest.param(of("9" * 1_000_000), id="C05 1 MB of digits"),
-    ],
-)
+@pytest.mark.parametrize("body", [of(objects(100_000)), of("9" * 1_000_000)], ids=["C04", "C05"])
 def test_what_would_take_long_is_refused_at_once(body):
     assert min(processor_seconds(body) for _ in range(5)) < 0.02
 

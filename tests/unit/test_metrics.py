@@ -62,12 +62,13 @@ def of(metrics, name, **labels):
     ids=["in order", "the clock was set back", "canceled before it began"],
 )
 def test_an_analysis_counts_with_its_times(metrics, started, finished, expected):
-    started_at = None if started is None else NOW + timedelta(seconds=started)
-
-    finished_at = NOW + timedelta(seconds=finished)
     ending = model.without_result(Outcome.FAILED, "ValueError", "no")
+    times = {
+        "started_at": None if started is None else NOW + timedelta(seconds=started),
+        "finished_at": NOW + timedelta(seconds=finished),
+    }
 
-    metrics.ended_analysis(JOB, replace(ending, started_at=started_at, finished_at=finished_at))
+    metrics.ended_analysis(JOB, replace(ending, **times))
 
     counts = [of(metrics, "postback_jobs_finished_total", outcome=one) for one in Outcome]
     assert counts == [one is Outcome.FAILED for one in Outcome]
