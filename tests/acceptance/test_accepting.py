@@ -135,9 +135,7 @@ def test_the_headers_that_trace_a_request_reach_the_postback(service, mailbox):
         (b'{"data": 2}', {}, 503, "MAX_PENDING"),
     ],
 )
-def test_a_refused_request_names_the_reason_and_leaves_no_trace(
-    full, body, headers, status_code, named
-):
+def test_a_refused_request_is_told_why_and_leaves_no_trace(full, body, headers, status_code, named):
     before = full.ids()
 
     answer = full.post("/process", data=body, headers=JSON | headers)

@@ -103,9 +103,7 @@ def test_our_postback_is_verified_and_taken_once(start_process, receiving):
     assert printed == [["job.succeeded", first], ["job.succeeded", second]]
 
 
-def test_a_receiver_that_callers_choose_verifies_with_the_secret_that_run_prints(
-    start_process, receiving
-):
+def test_a_receiver_that_callers_choose_verifies_with_its_own_secret(start_process, receiving):
     port = free_port()
     origin = f"http://127.0.0.1:{port}"
     env = os.environ | {"POSTBACK_SECRET": SECRET}

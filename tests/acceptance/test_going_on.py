@@ -86,9 +86,7 @@ def test_a_kept_value_goes_when_the_job_ends(start_process, tmp_path):
 
 @pytest.mark.slow
 @EXECUTORS
-def test_an_analysis_of_100_steps_killed_ten_times_takes_each_at_most_a_few_times(
-    start_process, tmp_path, executor
-):
+def test_100_steps_with_ten_kills_are_taken_a_few_times_at_most(start_process, tmp_path, executor):
     service = start_process(EXECUTOR=executor)
     steps, chance = tmp_path / "steps", random.Random(17)
     job_id = service.send(act("count", [100, str(steps)]))

@@ -436,9 +436,7 @@ def test_it_fits_the_screen_and_is_as_light_or_dark_as_the_system(page, own, wid
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_progress_of_a_running_job_is_seen_and_its_row_keeps_its_height(
-    page, own, tmp_path, width
-):
+def test_progress_is_seen_and_the_row_keeps_its_height(page, own, tmp_path, width):
     own.send(act("report", [0.5, "half of it", str(tmp_path / "gate")]))
     page.emulate(width=width)
     page.open(own)

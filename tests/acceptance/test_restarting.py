@@ -98,9 +98,7 @@ def kill_and_start_again(service, gate) -> None:
     service.start()
 
 
-def test_a_job_runs_alone_from_its_third_unclean_end_and_is_crashed_after_the_fifth(
-    start_process, gate
-):
+def test_a_job_runs_alone_from_its_third_kill_and_is_crashed_after_the_fifth(start_process, gate):
     service = start_process()
     job_id, workers = service.send(gate.data), []
 

@@ -27,9 +27,7 @@ EXECUTORS = pytest.mark.parametrize("executor", ["thread", "process"])
         ("circular", "not_serialisable", "contains itself"),
     ],
 )
-def test_an_analysis_that_fails_is_posted_back_with_its_error(
-    service, mailbox, name, kind, message
-):
+def test_an_analysis_that_fails_is_posted_with_its_error(service, mailbox, name, kind, message):
     job_id = service.send(act(name, 7), mailbox)
 
     (event,) = events(mailbox.wait_for(1))
@@ -196,9 +194,7 @@ def test_a_job_that_waits_can_be_canceled_and_never_runs(start_process, gate, re
     assert gate.begun() == [running, last]
 
 
-def test_to_cancel_a_job_that_hangs_frees_its_place_and_a_stop_does_not_wait_for_it(
-    start_process, tmp_path
-):
+def test_a_canceled_job_that_hangs_frees_its_place_and_delays_no_stop(start_process, tmp_path):
     service = start_process(MAX_RUNNING="1", DRAIN="1h")
     hung = service.send(act("hang", str(tmp_path / "hung")))
     poll(lambda: list(tmp_path.glob("hung.*")), "a job that hangs")

@@ -127,9 +127,7 @@ def test_an_idle_service_stops_at_a_signal(start_process, number):
     assert "drain ended will_resume=0" in service.log()
 
 
-def test_a_stop_lets_running_jobs_end_and_accepts_and_starts_no_other(
-    start_process, receiver, gate
-):
+def test_a_stop_lets_running_jobs_end_and_starts_no_other(start_process, receiver, gate):
     service = start_process(POSTBACK_URL=receiver.url, MAX_RUNNING="1", DRAIN="10s")
     running = service.send(gate.data)
     gate.wait_for(1)
@@ -178,9 +176,7 @@ def test_a_second_signal_ends_it_at_once(start_process, gate):
 @pytest.mark.parametrize(
     "act", [Path.unlink, lambda path: shutil.copy(path.rename(f"{path}.old"), path)]
 )
-def test_a_journal_that_is_removed_or_replaced_ends_it_and_nothing_more_is_accepted(
-    start_process, tmp_path, act
-):
+def test_a_lost_journal_ends_it_and_nothing_more_is_accepted(start_process, tmp_path, act):
     service = start_process()
     act(tmp_path / "journal.db")
 

@@ -115,9 +115,7 @@ MEDDLING = [
 
 @EXECUTORS
 @pytest.mark.parametrize("closed", [False, True])
-def test_i07_d18_who_meddles_with_the_process_hurts_nobody_else(
-    start_process, tmp_path, executor, closed
-):
+def test_i07_d18_who_meddles_with_a_process_hurts_nobody(start_process, tmp_path, executor, closed):
     settings = {"ANALYSIS": MISBEHAVING, **executed(executor, workers=1)}
     journal = {"JOURNAL": str(tmp_path / "journal.db")}
 
@@ -131,9 +129,7 @@ def test_i07_d18_who_meddles_with_the_process_hurts_nobody_else(
 
 
 @EXECUTORS
-def test_i09_who_keeps_the_interpreter_of_a_worker_holds_up_no_answer(
-    start_process, tmp_path, executor
-):
+def test_i09_who_keeps_the_interpreter_holds_up_no_answer(start_process, tmp_path, executor):
     service = start_process(ANALYSIS=MISBEHAVING, **executed(executor, workers=1))
     mark = tmp_path / "held"
     held = service.send(act("hold", [str(mark), 4]))
@@ -147,9 +143,7 @@ def test_i09_who_keeps_the_interpreter_of_a_worker_holds_up_no_answer(
 
 
 @EXECUTORS
-def test_i11_a_child_that_outlives_its_analysis_keeps_no_connection_and_no_stop(
-    start_process, executor
-):
+def test_i11_a_child_that_outlives_its_analysis_holds_up_nothing(start_process, executor):
     service = start_process(ANALYSIS=MISBEHAVING, **executed(executor, workers=1))
     with wire.connected(service) as (conn, stream):
         service.wait_for(service.send(act("leave_behind")))

@@ -44,9 +44,7 @@ def test_g10_without_an_fsync_power_cuts_lose_jobs_so_the_replay_can_fail(shim, 
 
 
 @pytest.mark.service
-def test_g20_after_a_failed_fsync_nothing_is_answered_200_and_the_process_ends(
-    shim, tmp_path, start_process
-):
+def test_g20_after_a_failed_fsync_it_ends_and_answers_no_200(shim, tmp_path, start_process):
     env = {
         "LD_PRELOAD": str(shim),
         "POWER_JOURNAL": str(tmp_path.resolve() / "journal.db"),

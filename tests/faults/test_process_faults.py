@@ -143,9 +143,7 @@ def test_g14_a_full_disk_is_503_until_there_is_space(on_small_disk, small_disk):
     assert {job["state"] for job in jobs} == {"delivered"}
 
 
-def test_g14_a_result_that_finds_no_space_is_kept_until_there_is(
-    on_small_disk, small_disk, receiver, gate
-):
+def test_g14_a_result_that_finds_no_space_is_kept(on_small_disk, small_disk, receiver, gate):
     service = on_small_disk()
     job_id = service.send(act("grow", [gate.data["with"], 60_000]))
     gate.wait_for(1)
@@ -160,9 +158,7 @@ def test_g14_a_result_that_finds_no_space_is_kept_until_there_is(
     assert len(receiver.requests) == 1
 
 
-def test_g14_a_delivery_that_finds_no_space_is_stored_later_and_not_made_again(
-    on_small_disk, small_disk
-):
+def test_g14_a_delivery_that_finds_no_space_is_not_made_again(on_small_disk, small_disk):
     fillers = []
 
     def answer_on_a_full_disk(conn: socket.socket, request: object) -> int:
@@ -181,9 +177,7 @@ def test_g14_a_delivery_that_finds_no_space_is_stored_later_and_not_made_again(
     assert len(receiver.requests) == 1
 
 
-def test_g14_a_start_that_must_write_on_a_full_disk_is_refused_with_the_reason(
-    on_small_disk, small_disk, gate
-):
+def test_g14_a_start_on_a_full_disk_is_refused_with_the_reason(on_small_disk, small_disk, gate):
     service = on_small_disk()
     job_id = service.send(gate.data)
     gate.wait_for(1)
@@ -259,9 +253,7 @@ def replace_by_directory(path: Path) -> None:
         ),
     ],
 )
-def test_a_journal_that_cannot_be_used_is_refused_in_one_line_and_left_as_it_is(
-    tmp_path, harm, reason
-):
+def test_an_unusable_journal_is_refused_in_one_line_and_left_as_it_is(tmp_path, harm, reason):
     path = tmp_path / "journal.db"
     journal = Journal(path, on_lost=lambda: None)
     journal.open()
@@ -357,9 +349,7 @@ def test_g23_an_analysis_that_finds_no_memory_has_failed_and_its_worker_goes_on(
     assert fine["result"] == "x" * 10
 
 
-def test_g23_i10_results_for_which_the_service_has_no_memory_have_failed_and_leave_their_places(
-    start_process,
-):
+def test_g23_i10_results_that_find_no_memory_have_failed_and_free_their_places(start_process):
     service = start_process(MAX_RUNNING="4")
     limit_memory(service.pid, 2**26)
 
@@ -375,7 +365,7 @@ def test_g23_i10_results_for_which_the_service_has_no_memory_have_failed_and_lea
 
 
 @pytest.mark.parametrize("hours", [-24, -1, 1, 24])
-def test_g25_g26_a_clock_that_jumps_neither_burns_attempts_nor_puts_them_off(
+def test_g25_g26_a_clock_that_jumps_burns_and_delays_no_attempt(
     start, receiver, monkeypatch, hours
 ):
     monkeypatch.setattr(runner, "PRUNE_SECONDS", 0.05)

@@ -122,9 +122,7 @@ def test_a_job_that_kills_its_workers_is_crashed(own_cluster, start):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_away_is_waited_for_and_its_jobs_are_put_back(
-    own_cluster, start, tmp_path, caplog, monkeypatch
-):
+def test_a_cluster_that_is_away_is_waited_for(own_cluster, start, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "postback")
     monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.05)
     one = start(own_cluster, waits=False)

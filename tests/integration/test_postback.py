@@ -453,9 +453,7 @@ def test_f02_a_name_server_that_hangs_holds_up_neither_this_attempt_nor_the_next
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2", "::1"])
-def test_i18_a_first_address_that_is_silent_costs_less_than_a_second(
-    sender_with, receiver, address
-):
+def test_i18_a_silent_first_address_costs_less_than_a_second(sender_with, receiver, address):
     with script.silent_port(address, receiver.port):
         shown = f"[{address}]" if ":" in address else address
         made = attempt(
@@ -503,9 +501,7 @@ def test_i19_f20_a_kept_connection_that_was_closed_costs_no_attempt(sender, rece
     assert attempt(sender).delivered
 
 
-def test_i19_a_kept_connection_that_is_closed_at_the_next_request_costs_no_attempt(
-    sender, receiver
-):
+def test_i19_a_connection_that_is_closed_at_the_next_request_costs_no_attempt(sender, receiver):
     receiver.answers = [200, script.close, 200]
 
     made = [attempt(sender).delivered for _ in range(2)]
@@ -602,9 +598,7 @@ def test_d09_a_public_address_is_connected_to_only_if_the_others_are_public(
     assert public_localhost.connections == len(set(connections))
 
 
-def test_a_url_that_only_the_star_allows_gets_no_header_of_ours_and_its_answer_is_not_kept(
-    sender_with, tls, public_localhost
-):
+def test_a_url_that_only_the_star_allows_gets_no_secret(sender_with, tls, public_localhost):
     public_localhost.answers = [script.reply(500, b"private", headers={"Retry-After": "60"})]
     sender = sender_with(
         "http://a",

@@ -271,9 +271,7 @@ def named():
         (post(path="/x"), False),
     ],
 )
-def test_the_loop_checks_what_is_short_and_threads_the_rest_and_the_loop_stores_all(
-    serve, sent, in_loop
-):
+def test_the_loop_checks_what_is_short_and_stores_everything(serve, sent, in_loop):
     service = serve(dict.fromkeys(("/process", "/postprocessed", "/livez", "/x"), named))
 
     names = json.loads(exchange(service, sent)[2])
@@ -346,9 +344,7 @@ def test_a_turn_that_cannot_begin_is_a_503(process):
     assert [exchange(process, sent)[0] for sent in (post(), LIVEZ)] == [503, 200]
 
 
-def test_a_request_that_the_server_cannot_handle_is_answered_and_so_are_those_of_its_turn(
-    process, monkeypatch, caplog
-):
+def test_a_request_that_cannot_be_handled_fails_no_other(process, monkeypatch, caplog):
     problems, prepare = [MemoryError], server._Task.get_environment
 
     def prepare_or_fail(task):

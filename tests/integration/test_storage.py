@@ -291,9 +291,7 @@ def test_a_full_disk_refuses_all_of_a_transaction_and_recovers(opened, caplog):
 
 @pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY"])
 @pytest.mark.parametrize("number", range(1, 14))
-def test_whichever_operation_fails_what_is_acknowledged_is_there(
-    path, opened, reopen, code, number
-):
+def test_whichever_operation_fails_what_is_promised_is_there(path, opened, reopen, code, number):
     texts = ["a", "b", "c", "d"]
     connection = opened._connection
     connection.fail(code, number)

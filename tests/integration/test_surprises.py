@@ -117,7 +117,7 @@ def own(tmp_path, monkeypatch):
 # A cancel
 
 
-def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_result(
+def test_a_cancel_just_before_the_start_posts_no_result(
     start_hasty, receiver, monkeypatch, tmp_path
 ):
     service, run = start_hasty(EXECUTOR="process", WORKERS="1"), WorkerExecutor.run
@@ -170,7 +170,7 @@ def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, f
 @pytest.mark.parametrize(
     ("name", "logged"), [("claim", "runner failed"), ("record", "write failed")]
 )
-def test_g27_whatever_is_raised_unexpectedly_is_logged_and_the_work_goes_on(
+def test_g27_what_nobody_expected_is_logged_and_work_goes_on(
     start_hasty, fail, caplog, name, logged
 ):
     service = start_hasty()
@@ -194,9 +194,7 @@ def test_jobs_whose_commit_failed_do_not_fill_the_queue(start_hasty, gate, monke
     poll(lambda: service.post("/process", json={"data": 1}).ok, "an accepted job")
 
 
-def test_a_large_event_that_the_journal_refuses_takes_one_place_and_no_other_job_waits(
-    start_hasty, monkeypatch
-):
+def test_a_large_event_that_is_refused_holds_up_no_other_job(start_hasty, monkeypatch):
     monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that only this test has it retried
     service = start_hasty(MAX_RUNNING="2")
     service.wait_for(service.send(1))
@@ -303,9 +301,7 @@ def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start
 
 
 @pytest.mark.parametrize(("name", "times"), [("run_again", 2), ("end", 4), ("put_off", 2)])
-def test_a_small_write_that_finds_no_memory_is_tried_again(
-    start_twice, receiver, fail, name, times
-):
+def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail, name, times):
     """Each try fails twice: with others, and alone."""
     service, has_failed = start_twice(), fail(Journal, name, times=times)
     is_second = partial(is_thread_of_attempt, service)
@@ -354,7 +350,7 @@ def is_for_a_job(thread, *arguments, **options):
 
 
 @pytest.mark.parametrize("workers", [None, 1])
-def test_jobs_run_behind_a_hung_one_though_no_thread_can_start_for_a_worker(
+def test_without_a_thread_for_a_worker_jobs_still_run(
     start_executor, no_threads, tmp_path, workers
 ):
     one = start_executor(workers)
@@ -381,7 +377,7 @@ def test_a_job_alone_for_whose_worker_no_thread_can_start_runs_later(start_execu
 # Workers that are of no use
 
 
-def test_a_worker_that_ends_at_once_is_not_started_again_at_once(
+def test_a_short_lived_worker_is_not_started_again_at_once(
     start_executor, own, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(executor, "RETRY_SECONDS", 3600.0)

@@ -113,9 +113,7 @@ def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):
     ("answer", "frame"),
     [(b"", (worker.RESULT, b"7")), (b"disk full", (worker.ERROR, b'"message": "disk full"'))],
 )
-def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
-    connect, answer, frame
-):
+def test_progress_returns_once_the_value_is_kept_or_raises(connect, answer, frame):
     connection = connect(report)
     assert worker.exactly(connection, 1) == worker.START
     assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter"]')

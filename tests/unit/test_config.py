@@ -115,9 +115,7 @@ def test_a_variable_is_read(monkeypatch, name, text, value):
 
 
 @pytest.mark.parametrize(("name", "text", "words"), BAD, ids=[f"{n}-{t:.20}" for n, t, _ in BAD])
-def test_a_wrong_variable_is_refused_in_one_line_that_says_what_is_right(
-    monkeypatch, name, text, words
-):
+def test_a_wrong_variable_is_refused_with_what_is_right(monkeypatch, name, text, words):
     monkeypatch.setenv(name, text)
 
     [line] = problems()
@@ -184,9 +182,7 @@ def test_an_unknown_name_with_our_prefix_is_refused_with_a_suggestion(monkeypatc
         ("PORT_53_UDP_PORT", "53"),
     ],
 )
-def test_what_kubernetes_sets_for_a_service_named_postback_is_ignored(
-    monkeypatch, service, name, text
-):
+def test_what_kubernetes_sets_for_a_service_is_ignored(monkeypatch, service, name, text):
     monkeypatch.setenv(f"{service}_{name}", text)
 
     assert config.load().port == 8080

@@ -91,9 +91,7 @@ def test_an_attempt_counts_by_its_result(metrics, status_code, error, result):
 
 
 @pytest.mark.parametrize(("resent_after", "count"), [(0, 1), (1, 0)])
-def test_a_delivery_is_timed_from_the_answer_unless_it_was_resent(
-    metrics, clock, resent_after, count
-):
+def test_a_delivery_is_timed_unless_it_was_resent(metrics, clock, resent_after, count):
     clock.now += timedelta(seconds=7)
 
     metrics.attempted(replace(JOB, resent_after=resent_after), ATTEMPT, State.DELIVERED)
