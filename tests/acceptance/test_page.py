@@ -4,9 +4,7 @@ import contextlib
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -372,46 +370,6 @@ def test_the_token_is_asked_for_until_it_is_right_and_kept_for_the_tab(page, sta
     page.wait("#job-title", job_id)
     assert page.run("return [sessionStorage.length, localStorage.length]") == [1, 0]
     assert "$API_TOKEN" in page.look("#curl")
-
-
-def test_the_page_works_below_a_path(page, own):
-    with stripping(own.base_url, "/sub") as base_url:
-        page.open(Caller(base_url))
-        page.click("#send button")
-
-        page.wait("#jobs tbody tr:first-child", "delivered")
-        assert f"curl {base_url}/process" in page.look("#curl")
-
-
-@contextlib.contextmanager
-def stripping(url: str, prefix: str) -> Iterator[str]:
-    """Run a proxy that passes on what is below a path, and give its address."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            path = self.path.removeprefix(prefix)
-            assert path != self.path, f"{path} is not below {prefix}"
-            kind = {"Content-Type": self.headers.get("Content-Type", "")}
-            body = self.rfile.read(length)
-            answer = Caller(url).request(self.command, path, data=body, headers=kind)
-            self.send_response(answer.status_code)
-            self.send_header("Content-Type", answer.headers["Content-Type"])
-            self.end_headers()
-            self.wfile.write(answer.content)
-
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}{prefix}"
-        server.shutdown()
-        thread.join()
 
 
 # Looks, phones and keyboards

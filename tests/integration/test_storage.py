@@ -249,20 +249,6 @@ def test_when_an_inner_transaction_raises_after_a_write_nothing_is_committed(ope
     assert opened.notes() == []
 
 
-def test_when_an_inner_transaction_raises_before_a_write_the_rest_is_committed(opened):
-    with opened.transaction(durable=True):
-        opened.note("a")
-        with contextlib.suppress(ValueError), opened.transaction(durable=True):
-            raise ValueError
-
-    assert opened.notes() == ["a"]
-
-
-def test_what_must_be_durable_is_no_part_of_what_is_not(opened):
-    with pytest.raises(AssertionError), opened.transaction():
-        opened.note("a")
-
-
 # Faults that pass
 
 
