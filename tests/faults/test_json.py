@@ -9,7 +9,7 @@ import pytest
 
 from jobs import errors
 from tests import wire
-from tests.faults.world import MAX, answers, case, check, here
+from tests.faults.world import MAX, answers, case, cases, check, here
 from web import intake
 
 
@@ -51,11 +51,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(
     ("sent", "codes", "rows"),
-    [
-        case(f"{number} {place}", wire.post(body), 400)
-        for number, bodies in REFUSED.items()
-        for place, body in enumerate(bodies)
-    ],
+    [row for number, sent in REFUSED.items() for row in cases(number, 400, *map(wire.post, sent))],
 )
 def test_what_is_not_plainly_json_is_refused(service, sent, codes, rows):
     check(service, sent, codes, rows)
