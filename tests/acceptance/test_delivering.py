@@ -218,7 +218,7 @@ def test_all_undelivered_jobs_can_be_resent_at_once(start_process, receiver):
     early, late = (service.wait_for(service.send(number)) for number in (1, 2))
     receiver.default = 204
 
-    def resend(**since: str) -> int:
+    def resend(**since):
         return service.post("/jobs/resend", json={"state": "undelivered", **since}).json()["resent"]
 
     assert resend(since=late["ended_at"]) == 1

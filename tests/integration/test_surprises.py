@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -346,7 +347,8 @@ def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, fail, name, pro
 
 def is_for_a_job(thread, *arguments, **options):
     """Return whether a thread that starts, or is made, has the name of a job."""
-    return len(options.get("name") or getattr(thread, "_name", "")) == 32
+    name: Any = options.get("name") or getattr(thread, "_name", "")
+    return len(name) == 32
 
 
 @pytest.mark.parametrize("workers", [None, 1])

@@ -38,27 +38,17 @@ def desk(tmp_path):
         yield Desk(journal)
 
 
-def test_what_is_handed_over_together_shares_one_commit(desk):
-    for job_id in desk.jobs:
-        desk.hand_over(job_id)
-    assert (len(desk.asked), desk.told) == (3, [])
-
+def test_a_move_that_is_refused_does_not_undo_the_others_of_its_commit(desk):
     executed: list[str] = []
     desk.journal._connection.set_trace_callback(executed.append)
-    desk.writer.write()
-
-    assert executed.count("COMMIT") == 1
-    assert desk.told == [(job_id, None) for job_id in desk.jobs]
-    assert desk.states() == ["accepted"] * 3
-
-
-def test_a_move_that_is_refused_does_not_undo_the_others(desk):
     first, _, third = desk.jobs
     for job_id in (first, first, third):
         desk.hand_over(job_id)
+    assert (len(desk.asked), desk.told) == (3, [])
 
     desk.writer.write()
 
+    assert executed.count("COMMIT") == 1
     assert [job_id for job_id, _ in desk.told] == [first, first, third]
     assert [type(answer) for _, answer in desk.told] == [type(None), MoveError, type(None)]
     assert desk.states() == ["accepted", "running", "accepted"]
@@ -84,13 +74,3 @@ def raise_at_first(problems):
     if problems:
         raise problems.pop()
     return "written"
-
-
-def test_a_write_that_may_fail_is_told_why(desk):
-    problem = ValueError("odd")
-
-    desk.hand_over("odd", partial(raise_at_first, [problem, problem]), may_fail=True)
-    desk.writer.write()
-
-    assert desk.told == [("odd", problem)]
-    assert desk.writer.failure is None

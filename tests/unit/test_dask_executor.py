@@ -17,8 +17,13 @@ def test_a_failure_is_whole_sentences_and_says_what_to_install(monkeypatch):
         yield
 
     monkeypatch.setattr(DaskExecutor, "_connection", connection)
-    settings = {"analysis": "prices:total", "upload_path": None, "log_level": "info"}
-    one = DaskExecutor(**settings, scheduler_url="tcp://dask:8786", on_change=lambda: None)
+    one = DaskExecutor(
+        analysis="prices:total",
+        scheduler_url="tcp://dask:8786",
+        upload_path=None,
+        log_level="info",
+        on_change=lambda: None,
+    )
 
     one.start()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,7 +64,7 @@ def of(metrics, name, **labels):
 )
 def test_an_analysis_counts_with_its_times(metrics, started, finished, expected):
     ending = model.without_result(Outcome.FAILED, "ValueError", "no")
-    times = {
+    times: dict[str, Any] = {
         "started_at": None if started is None else NOW + timedelta(seconds=started),
         "finished_at": NOW + timedelta(seconds=finished),
     }
