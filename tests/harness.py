@@ -57,6 +57,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def is_open(port: int) -> bool:
+    """Return whether somebody listens at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def act(name: str, argument: Any = None) -> dict[str, Any]:
     """Return the data for which `tests.analyses:act` calls the function of this name."""
     return {"call": name, "with": argument}

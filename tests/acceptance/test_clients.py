@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import ROOT, free_port, poll
+from tests.harness import ROOT, free_port, is_open, poll
 
 CLIENTS = ROOT / "docs" / "clients"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -66,11 +65,6 @@ def receiving(request, folder) -> Iterator[Any]:
         child.kill()
         child.wait()
         child.stdout.close()
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("command", SUBMITTERS)

@@ -77,7 +77,7 @@ def test_a_receiver_that_was_down_gets_its_postbacks_when_it_is_up(start_process
     # Below the ports that the system gives to connections: an attempt could get this very one.
     port = 20_000 + os.getpid() % 10_000
     service = start_process(
-        POSTBACK_URL=f"http://127.0.0.1:{port}/", POSTBACK_SCHEDULE="20ms " * 200
+        POSTBACK_URL=f"http://127.0.0.1:{port}/", POSTBACK_SCHEDULE="9ms " * 200
     )
     job_id = service.send(1)
     poll(lambda: service.job(job_id)["attempts"], "an attempt that fails")

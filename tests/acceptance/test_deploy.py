@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import requests
 import yaml
 
 import config
-from tests.harness import ROOT, RealProcess, environment, free_port, poll, refusal
+from tests.harness import ROOT, RealProcess, environment, free_port, is_open, poll, refusal
 
 DOCS = ROOT / "docs"
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
@@ -69,7 +68,7 @@ class Proxied:
         _make_certificate(folder)
         command = [str(NGINX), "-p", str(folder), "-c", str(folder / "nginx.conf")]
         self._process = subprocess.Popen(command)
-        poll(lambda: self._is_open() or self._process.poll(), "nginx to listen")
+        poll(lambda: is_open(port) or self._process.poll(), "nginx to listen")
         assert self._process.poll() is None
 
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
@@ -82,10 +81,6 @@ class Proxied:
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(10)
-
-    def _is_open(self) -> bool:
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", self._port)) == 0
 
 
 def _make_certificate(folder: Path) -> None:

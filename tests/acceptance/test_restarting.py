@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import requests
 
+from tests.faults.launch import KILLED
 from tests.harness import ROOT, RealProcess, act, environment, poll
-from tests.launcher import KILLED
 
 
 def send(service: RealProcess, data: Any) -> str:
@@ -31,7 +31,7 @@ def send(service: RealProcess, data: Any) -> str:
     ],
 )
 def test_a_job_survives_a_kill_at_any_point(start_process, receiver, point, starts, postbacks):
-    command = ("-m", "tests.launcher")
+    command = ("-m", "tests.faults.launch")
     killed = start_process(command=command, KILL_AT=point, POSTBACK_URL=receiver.url)
     answered = send(killed, [1, 2, 3])
     assert killed.wait() == KILLED
@@ -50,7 +50,7 @@ def test_a_job_survives_a_kill_at_any_point(start_process, receiver, point, star
 
 
 def test_a_kill_before_the_commit_leaves_no_answer_and_no_job(start_process):
-    killed = start_process(command=("-m", "tests.launcher"), KILL_AT="Journal.accept:after")
+    killed = start_process(command=("-m", "tests.faults.launch"), KILL_AT="Journal.accept:after")
 
     answered = send(killed, 1)
 
@@ -148,7 +148,7 @@ def test_mere_restarts_are_not_counted(start_process, gate, tmp_path):
     service.kill()
 
     env = environment({"KILL_AT": "Journal.resume:after", "JOURNAL": str(tmp_path / "journal.db")})
-    command = [sys.executable, "-m", "tests.launcher"]
+    command = [sys.executable, "-m", "tests.faults.launch"]
     while_it_resumes = subprocess.run(command, cwd=ROOT, env=env, check=False)
     gate.open()
     service.start()

@@ -15,8 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import config
-
-ROOT = Path(__file__).parents[2]
+from tests.harness import ROOT
 
 #: Plays python3, pip and the tools. It logs each call, and does what the variables STUB_... say.
 STUB = """#!/bin/sh
@@ -195,21 +194,6 @@ def test_requirements_are_installed_when_they_changed(prepared, changed, verb, i
 
     assert prepared.installed() == ([installed] if installed else [])
     assert again.stderr == ""
-
-
-def test_the_peers_of_the_benchmark_have_a_venv_of_their_own(prepared):
-    prepared.run("bench")
-
-    assert prepared.calls("-m venv") == ["-I -m venv bench/.venv.new"]
-    assert prepared.installed()[0] == ["bench/requirements.txt"]
-
-
-def test_users_who_remove_their_list_of_packages_are_left_in_peace(prepared):
-    prepared.write("requirements-local.txt", "pandas\n")
-    prepared.run()
-    (prepared.path / "requirements-local.txt").unlink()
-
-    assert prepared.run().stderr == ""
 
 
 @pytest.mark.parametrize("damage", ["python gone", "moved", "another python"])

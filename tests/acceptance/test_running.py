@@ -39,9 +39,7 @@ def test_an_analysis_that_fails_is_posted_with_its_error(service, mailbox, name,
     assert "failed" in refusal(service.get(f"/jobs/{job_id}/result"), 409)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("fail", "ValueError frames="), ("nan", "not_serialisable")]
-)
+@pytest.mark.parametrize(("name", "said"), [("fail", "ValueError"), ("nan", "not_serialisable")])
 def test_the_log_says_how_an_analysis_failed_and_never_on_what(service, mailbox, name, said):
     job_id = service.send(act(name, "canary-17"), mailbox)
     mailbox.wait_for(1)

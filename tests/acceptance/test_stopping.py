@@ -15,7 +15,7 @@ import pytest
 import requests
 
 import config
-from tests.harness import ROOT, Caller, environment, events, poll, refusal
+from tests.harness import ROOT, Caller, environment, events, is_open, poll, refusal
 
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="install curl")
 
@@ -197,9 +197,6 @@ def test_a_hangup_that_was_ignored_stays_ignored(start_process):
     assert service.end() == 0
 
 
-# What it does without
-
-
 @pytest.mark.parametrize(
     "outputs", ["<&- >/dev/full 2>&-", "2>&1 | true"], ids=["closed or full", "unread"]
 )
@@ -219,8 +216,3 @@ def test_outputs_that_take_nothing_do_not_stop_it(outputs):
             os.killpg(child.pid, signal.SIGTERM)
 
     assert [attempt["status_code"] for attempt in job["attempts"]] == [200]
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0

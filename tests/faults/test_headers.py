@@ -66,6 +66,7 @@ def hosted(header: str) -> bytes:
         *cases("B15", 200, to("http://evil.example/process")),
         *cases("B15 OPTIONS *", 404, line("OPTIONS *")),
         *cases("B16", 400, *map(keyed, ("", '""', "k" * 300, "a\x7fb", "\xe4"))),
+        *cases("B16 quotes", 400, *map(keyed, (f'"{"k" * 256}"', '"abc', r'"a\b"', '"a", "b"'))),
         *cases("B16 two", 200, keyed("a\r\nIdempotency-Key: b")),
     ],
 )

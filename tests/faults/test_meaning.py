@@ -24,7 +24,7 @@ from tests.harness import (
 )
 from tests.receiver import Receiver
 
-MISBEHAVING = "tests.faults.misbehaving:act"
+MISBEHAVING = "tests.misbehaving:act"
 
 
 # Where to post
@@ -132,7 +132,7 @@ def test_i07_d18_who_meddles_with_a_process_hurts_nobody(start_process, tmp_path
 def test_i09_who_keeps_the_interpreter_holds_up_no_answer(start_process, tmp_path, executor):
     service = start_process(ANALYSIS=MISBEHAVING, **executed(executor, workers=1))
     mark = tmp_path / "held"
-    held = service.send(act("hold", [str(mark), 4]))
+    held = service.send(act("hold", [str(mark), 3]))
     poll(mark.exists, "an analysis that keeps the interpreter")
 
     took = [wire.seconds(service, here(sent)) for sent in (wire.get(), wire.post(), wire.get())]

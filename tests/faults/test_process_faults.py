@@ -24,15 +24,16 @@ import requests
 
 from jobs import model, runner
 from jobs.journal import Journal
+from tests.acceptance.test_stopping import run
 from tests.conftest import ACT
 from tests.faults.world import EXECUTORS, serves
-from tests.harness import ROOT, RealProcess, act, environment, executed, free_port, poll
+from tests.harness import ROOT, RealProcess, act, executed, free_port, poll
 from tests.receiver import Receiver
 from tests.soak import kills
 
 pytestmark = pytest.mark.slow  # together half a minute
 
-MISBEHAVING = "tests.faults.misbehaving:act"
+MISBEHAVING = "tests.misbehaving:act"
 
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
@@ -41,9 +42,6 @@ AS_NOBODY = [
     *("setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"),
     *("--inh-caps", "+dac_override", "--ambient-caps", "+dac_override"),
 ]
-
-
-# Random kills
 
 
 @pytest.mark.slow
@@ -199,15 +197,7 @@ def test_g14_a_start_on_a_full_disk_is_refused_with_the_reason(on_small_disk, sm
 
 def refused_start(path: Path) -> str:
     """Return what a start on this journal says when it is refused."""
-    done = subprocess.run(
-        [sys.executable, "app.py"],
-        cwd=ROOT,
-        env=environment({"JOURNAL": str(path)}),
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+    done = run(JOURNAL=str(path))
     assert (done.returncode, done.stdout) == (78, ""), done.stderr
     return done.stderr.rstrip()
 
@@ -269,7 +259,7 @@ def test_an_unusable_journal_is_refused_in_one_line_and_left_as_it_is(tmp_path, 
     assert (path.is_file() and path.read_bytes()) == before
 
 
-# Starvation
+# Starvation, the clock, a container
 
 
 @pytest.mark.parametrize("whose", [0, 1], ids=["of the service", "of the worker"])
@@ -361,13 +351,8 @@ def test_g23_i10_results_that_find_no_memory_have_failed_and_free_their_places(s
     assert {job["outcome"] for job in fine} == {"succeeded"}
 
 
-# The clock
-
-
 @pytest.mark.parametrize("hours", [-24, -1, 1, 24])
-def test_g25_g26_a_clock_that_jumps_burns_and_delays_no_attempt(
-    start, receiver, monkeypatch, hours
-):
+def test_g25_g26_a_clock_that_jumps_burns_and_delays_nothing(start, receiver, monkeypatch, hours):
     monkeypatch.setattr(runner, "PRUNE_SECONDS", 0.05)
     receiver.default = 503
     service = start(**{**ACT, "POSTBACK_SCHEDULE": "2h 2h", "POSTBACK_URL": receiver.url})
@@ -389,9 +374,6 @@ def is_due_in_time(job: model.Job, now: datetime) -> bool:
     """Return whether the next attempt waits, and not much longer than the schedule says."""
     due_at = job.next_attempt_at
     return due_at is not None and now < due_at <= now + timedelta(hours=2.5)
-
-
-# A container
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="apt install util-linux")

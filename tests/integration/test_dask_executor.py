@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import threading
 
 import pytest
 
@@ -144,26 +143,6 @@ def test_a_cluster_that_is_away_is_waited_for(own_cluster, start, tmp_path, capl
     assert Call(one, "wait", str(tmp_path / "go")).result() == "waited"
     told = [line for line in caplog.messages if line.startswith("cluster")]
     assert told == ["cluster away", "cluster connected"] * 2
-
-
-def test_a_cluster_that_stays_away_costs_no_thread_for_each_attempt(start, monkeypatch):
-    monkeypatch.setattr(dask_executor, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.01)
-    attempts: list[int] = []
-    connect = DaskExecutor._connection
-
-    def try_to_connect(*args):
-        attempts.append(1)
-        return connect(*args)
-
-    monkeypatch.setattr(DaskExecutor, "_connection", try_to_connect)
-    start(Cluster(ROOT), waits=False)
-
-    poll(lambda: len(attempts) > 2, "two attempts")
-    before = threading.active_count()
-    poll(lambda: len(attempts) > 8, "six more")
-
-    assert threading.active_count() <= before
 
 
 def test_a_file_that_the_workers_cannot_import_is_said(cluster, start, tmp_path):

@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import resource
 import signal
 import threading
 from contextlib import suppress
@@ -262,7 +261,7 @@ def test_a_stopped_job_may_have_ended_the_worker_of_another(start, tmp_path):
     assert other.wait() == model.Again(is_alone=True)
 
 
-# Places
+# Places and limits
 
 
 def test_a_worker_is_free_again_when_the_ending_is_known_and_a_stop_is_too_late(start):
@@ -301,9 +300,6 @@ def test_no_more_than_two_large_results_are_held(start):
     assert [len(call.result()) for call in calls] == [2_000_000] * 4
 
 
-# Limits of the machine
-
-
 @pytest.mark.parametrize("left", [0, 1])
 def test_a_worker_without_descriptors_or_threads_has_jobs_run_later(start, left):
     one = start()
@@ -315,18 +311,6 @@ def test_a_worker_without_descriptors_or_threads_has_jobs_run_later(start, left)
     assert again == [model.Again(pause_seconds=1.0)] * len(again)
     assert len(again) >= 2 - left
     assert one.failure() is None
-
-
-def test_a_service_without_descriptors_has_jobs_run_later(one):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        ending = Call(one, "echo", 1).wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-    assert ending == model.Again(pause_seconds=1.0)
-    assert Call(one, "echo", 1).result() == 1
 
 
 # Loading

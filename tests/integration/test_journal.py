@@ -134,9 +134,7 @@ QUIET: dict[str, Move] = {
 
 
 def cases(table, *, legal: bool):
-    return [
-        (name, state) for name in table for state in State if (state in table[name][1]) is legal
-    ]
+    return [(key, state) for key in table for state in State if (state in table[key][1]) is legal]
 
 
 def contents(one: Journal) -> list[tuple[Any, ...]]:
@@ -211,9 +209,6 @@ def test_of_many_threads_that_take_exactly_one_gets_it(opened, name):
     assert [bool(taken) for taken in race(lambda: take(opened))].count(True) == 1
 
 
-# Accept and run
-
-
 def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     ids = [accept(opened) for _ in range(4)]
     for begun, is_alone in zip(claim(opened), (False, True, True, True), strict=True):
@@ -237,13 +232,6 @@ def test_due_attempts_are_taken_once_for_one_receiver_the_earliest_first(opened)
     assert (taken.id, other.id, event) == (early, late, EVENT.body)
     assert taken == opened.job(early)
     assert opened.earliest_attempts() == [("", NOW + SECOND * 3), ("https://b:443", NOW)]
-
-
-def test_only_an_attempt_that_was_not_made_is_put_off(opened):
-    for bring in (delivering, delivered, running):
-        opened.put_off(bring(opened).id, until=NOW + SECOND)
-
-    assert opened.earliest_attempts() == [("", NOW + SECOND)]
 
 
 def test_undelivered_jobs_of_a_time_are_resent_in_batches(opened):

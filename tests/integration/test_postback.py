@@ -21,10 +21,10 @@ import postback
 from jobs import model
 from tests import receiver as script
 from tests.certificates import Certificates
+from tests.harness import ROOT
 from tests.receiver import Receiver
 from web import outbound
 
-ROOT = Path(__file__).parent.parent.parent
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_" + "QUJD" * 10
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -88,10 +88,6 @@ def attempt(sender, url=None, *, number=1, event=EVENT, forwarded=None):
         attempts=number - 1,
     )
     return sender.attempt(job, event)
-
-
-def descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def case(number, answer, *expected):
@@ -260,14 +256,10 @@ def test_f07_d11_a_redirect_is_a_failure_and_not_followed(sender, receiver, stat
         case("F14 204 with a body", b"HTTP/1.1 204 No Content\r\n\r\na body all the same"),
         case("F16 300 MB", script.huge_body),
         case("F16 endless", script.endless_body),
-        case(
-            "F16 gzip bomb", script.flood(OK + b"Content-Encoding: gzip\r\n\r\n\x1f", b"\0" * 9999)
-        ),
+        case("F16 bomb", script.flood(OK + b"Content-Encoding: gzip\r\n\r\n\x1f", b"\0" * 9999)),
         case("F17 200 headers", OK + b"A: b\r\n" * 200 + b"\r\n"),
         case("F17 64 KiB line", OK + b"A: " + b"b" * 65536 + b"\r\n\r\n"),
-        case(
-            "odd headers", OK + b"Content-Type: \xff; charset=\xff\r\nSet-Cookie: \xff;;=\r\n\r\n"
-        ),
+        case("odd", OK + b"Content-Type: \xff; charset=\xff\r\nSet-Cookie: \xff;;=\r\n\r\n"),
         case("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\nold"),
         case("after 100", b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"\r\n"),
         case("after 103", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK + b"\r\n"),
@@ -393,19 +385,6 @@ def test_f22_an_answer_counts_until_the_limit(hasty, receiver):
     receiver.answers = [late(0.2), late(0.4)]
 
     assert [attempt(hasty).delivered for _ in range(2)] == [True, False]
-
-
-def test_closed_idle_connections_leave_no_descriptor_and_it_goes_on(sender_with):
-    before = descriptors()
-    with Receiver([204, script.hang, script.reset, 500, script.drip_headers]) as receiver:
-        sender = sender_with(receiver.url, timeout_seconds=0.2)
-        made = [attempt(sender).delivered for _ in range(5)]
-        sender.close_idle(0.0)
-        made.append(attempt(sender).delivered)
-        sender.close_idle(0.0)
-
-    assert made == [True, False, False, False, False, True]
-    assert descriptors() == before
 
 
 HANGING_NAMES = """
@@ -649,9 +628,7 @@ def old_tls(tls):
 @pytest.mark.parametrize(
     ("context", "error"),
     [
-        case(
-            "F04 expired", lambda tls: tls.server("localhost", until="20210101000000Z"), "expired"
-        ),
+        case("F04 old", lambda tls: tls.server("localhost", until="20210101000000Z"), "expired"),
         case("F04 self-signed", lambda tls: tls.self_signed("localhost"), "self-signed"),
         case("F04 wrong name", lambda tls: tls.server("other.example"), "localhost"),
         case("F04 TLS 1.0", old_tls, "version"),
@@ -725,11 +702,6 @@ def test_f12_retry_after_may_be_a_date(sender, receiver, seconds, expected):
     receiver.answers = [status(503, Retry_After=date)]
 
     assert attempt(sender).hold_seconds == pytest.approx(expected, abs=10)
-
-
-def test_no_retry_is_later_than_the_longest_wait(sender_with):
-    assert sender_with("http://a", schedule=[1.0]).longest_wait_seconds == 3600
-    assert sender_with("http://a", schedule=[86400.0, 1]).longest_wait_seconds == 86400 * 1.2
 
 
 def test_an_error_that_nobody_expected_is_a_failed_attempt(sender):

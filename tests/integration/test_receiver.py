@@ -10,7 +10,6 @@ import subprocess
 import sys
 from datetime import timedelta
 from http.client import HTTPConnection
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,12 +17,11 @@ from hypothesis import strategies as st
 
 from jobs import errors, model
 from jobs.journal import Journal
-from tests.harness import poll
+from tests.harness import ROOT, poll
 from web import signatures
 from web.receiver import Receiver
 from web.server import Application, Server
 
-ROOT = Path(__file__).parents[2]
 SECRET = "whsec_" + base64.b64encode(b"r" * 32).decode()
 OTHER = "whsec_" + base64.b64encode(b"o" * 32).decode()
 BODY = b'{"type": "job.succeeded", "data": {"result": 1.5}}'

@@ -126,14 +126,6 @@ def test_progress_returns_once_the_value_is_kept_or_raises(connect, answer, fram
     assert frame[1] in payload
 
 
-def test_a_service_that_hangs_up_before_the_payload_is_passed_over(connect):
-    connection = connect(echo, sent=False)
-
-    connection.shutdown(socket.SHUT_WR)
-
-    assert worker.exactly(connection, 10) == worker.START
-
-
 # ./run analyze
 
 

@@ -47,7 +47,7 @@ WHILE_STARTING = 15
 PATIENCE_SECONDS = 60.0
 
 SETTINGS = {
-    "ANALYSIS": "tests.faults.misbehaving:work",
+    "ANALYSIS": "tests.misbehaving:work",
     "POSTBACK_SCHEDULE": " ".join(["200ms"] * 20),
     "RETENTION": "20s",  # pruning goes on beside all this
     "LOG_LEVEL": "error",

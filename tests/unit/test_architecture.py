@@ -177,11 +177,6 @@ def test_only_the_four_given_files_lie_at_the_top_level():
     assert top.isdisjoint(importlib.metadata.packages_distributions())
 
 
-@pytest.mark.parametrize("package", ["jobs", "web"])
-def test_the_packages_themselves_are_empty(package):
-    assert (ROOT / package / "__init__.py").read_text(encoding="utf-8") == ""
-
-
 def test_sql_is_in_the_journal_alone():
     texts = {
         module: [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]

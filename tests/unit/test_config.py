@@ -72,7 +72,12 @@ BAD = [
     ("RETENTION", "3651d", "a duration"),
     ("POSTBACK_URL", "ftp://example.com/", "http"),
     ("POSTBACK_URL", "http://user:pw@example.com/", "user name"),
-    ("POSTBACK_ALLOW", "https://example.com/path", "origin"),
+    (
+        "POSTBACK_ALLOW",
+        "https://good.example https://bad.example/path",
+        "'https://bad.example/path'",
+    ),
+    ("POSTBACK_ALLOW", "https://*", "The host"),
     ("POSTBACK_SECRET", "secret", "whsec_"),
     ("POSTBACK_SECRET", f"{SECRET} whsec_QUJD", "whsec_"),
     ("POSTBACK_HEADERS", "Authorization: Bearer x", "a JSON object of headers"),
@@ -295,8 +300,6 @@ def test_the_quota_of_the_container_limits_the_cpus(tmp_path, limit, most):
 
     assert config.cpu_count(path) == min(without, most)
 
-
-# Anything
 
 TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=40)
 

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import re
-import sys
 
 import pytest
 from hypothesis import example, given
@@ -90,19 +89,6 @@ def test_a_traceback_is_indented_below_its_text_line_and_a_value_in_json():
     assert rest[0] == "  Traceback (most recent call last):"
     assert all(one.startswith("  ") for one in rest)
     assert line["traceback"].startswith("Traceback (most recent call last):")
-
-
-@pytest.mark.parametrize("stream", [io.StringIO(), None])
-def test_a_stream_that_is_closed_or_missing_stops_nobody(monkeypatch, capsys, stream):
-    if stream:
-        stream.close()
-    monkeypatch.setattr(sys, "stderr", stream)
-    logs.configure("info", "text")
-
-    log.info("phrase")
-    log.info("%d", "no number")
-
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import errors, model
-from jobs.model import MOVES, Ending, Job, Outcome, State
+from jobs.model import Ending, Job, Outcome, State
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
 FIELDS: Any = {"state": State.RUNNING, "postback_url": None, "receiver": "", "forwarded": {}}
@@ -23,10 +23,6 @@ SUCCESS = Ending(
 
 def event(ending: Ending, *, max_bytes: int = 10_000) -> model.Event:
     return model.event_of(JOB, ending, max_bytes=max_bytes, job_url="http://here/jobs/1")
-
-
-def test_the_moves_lead_from_every_state_to_every_state():
-    assert set(MOVES) == set(State) == set().union(*MOVES.values())
 
 
 def test_ids_are_32_hexadecimal_digits_that_sort_by_age_and_differ():
@@ -90,9 +86,6 @@ def test_an_event_over_the_limit_links_to_its_result_by_a_key_that_cannot_be_gue
     assert (thin.result, thin.result_at) == (SUCCESS.result, None)
     assert len(str(thin.result_key)) >= 20
     assert thin.result_key != other.result_key
-
-
-# Errors
 
 
 def test_the_picture_of_the_errors_shows_all_of_them():

@@ -4,15 +4,15 @@ import json
 import operator
 import statistics
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import processing
+from tests.harness import ROOT
 
-IRIS = Path(__file__).parents[2] / "docs" / "examples" / "iris.json"
+IRIS = ROOT / "docs" / "examples" / "iris.json"
 
 #: Every number that a payload can hold.
 NUMBERS = st.integers(-(10**40) + 1, 10**40 - 1) | st.floats(allow_nan=False, allow_infinity=False)

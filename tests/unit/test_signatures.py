@@ -98,13 +98,6 @@ def test_an_unfit_secret_is_refused_and_not_shown(secret):
 # The secret of one receiver
 
 
-def test_the_secret_of_a_receiver_is_as_documented():
-    # printf https://a.example:443 | openssl dgst -sha256 -mac HMAC -macopt hexkey:<32 times 6b>
-    expected = "whsec_9VIjMJGev8u2yFwAcxcgdYSkz/YHve2EEFI8/nS7SYg="
-
-    assert signatures.secret_for(OTHER, "https://a.example:443") == expected
-
-
 def run(monkeypatch, *arguments, **environment):
     monkeypatch.delenv("POSTBACK_SECRET", raising=False)
     monkeypatch.delenv("POSTBACK_SECRET_FILE", raising=False)
