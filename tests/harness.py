@@ -192,8 +192,11 @@ class RealProcess(Caller):
 
     def workers(self) -> list[int]:
         """Return the process ids of its children."""
-        paths = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return [int(word) for path in paths for word in path.read_text().split()]
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                found += map(int, path.read_text().split())
+        return found
 
     def log(self) -> str:
         """Return what it has written to standard error."""
