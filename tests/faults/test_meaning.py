@@ -113,8 +113,9 @@ MEDDLING = [
 ]
 
 
-@EXECUTORS
-@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(
+    ("executor", "closed"), [("thread", True), ("process", True), ("process", False)]
+)
 def test_i07_d18_who_meddles_with_a_process_hurts_nobody(start_process, tmp_path, executor, closed):
     settings = {"ANALYSIS": MISBEHAVING, **executed(executor, workers=1)}
     journal = {"JOURNAL": str(tmp_path / "journal.db")}

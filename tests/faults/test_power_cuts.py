@@ -11,7 +11,7 @@ from tests.faults import power
 JOBS = 120
 
 #: Moments of the run at which the power is cut, in each of four ways.
-POINTS = 40
+POINTS = 80
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def shim(tmp_path_factory) -> Path:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.service
 def test_g10_no_power_cut_loses_an_accepted_job(shim, tmp_path):
     entries = power.run(shim, tmp_path, jobs=JOBS, level="FULL")
