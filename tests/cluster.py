@@ -1,12 +1,11 @@
 """A real Dask cluster on loopback: a scheduler and workers as child processes, to be killed."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.harness import poll
+from tests.harness import free_port, is_open, poll
 
 #: A job that ends a worker is given up after as many more.
 ENV = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
@@ -17,15 +16,14 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            self._port = one.getsockname()[1]
+        self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def start_scheduler(self) -> None:
         self.scheduler = self._start("scheduler", "--port", str(self._port))
-        poll(self._answers, "the scheduler", timeout=20)
+        poll(lambda: is_open(self._port), "the scheduler", timeout=20)
 
     def start_worker(self, *options: str) -> None:
         self.workers.append(
@@ -64,10 +62,3 @@ class Cluster:
                 stdout=log,
                 stderr=log,
             )
-
-    def _answers(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self._port)).close()
-        except ConnectionRefusedError:
-            return False
-        return True

@@ -57,6 +57,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def is_open(port: int) -> bool:
+    """Return whether somebody listens at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def act(name: str, argument: Any = None) -> dict[str, Any]:
     """Return the data for which `tests.analyses:act` calls the function of this name."""
     return {"call": name, "with": argument}
@@ -186,8 +192,11 @@ class RealProcess(Caller):
 
     def workers(self) -> list[int]:
         """Return the process ids of its children."""
-        paths = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return [int(word) for path in paths for word in path.read_text().split()]
+        found: list[int] = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                found += map(int, path.read_text().split())
+        return found
 
     def log(self) -> str:
         """Return what it has written to standard error."""

@@ -1,7 +1,10 @@
-"""What analyses do to the process they run in. `act` also calls those of tests/analyses.py."""
+"""What analyses do to the process they run in, and `work` for the soak."""
 
+import contextlib
 import contextvars
+import ctypes
 import decimal
+import inspect
 import logging
 import multiprocessing
 import os
@@ -14,7 +17,6 @@ import threading
 from typing import Any
 
 from tests import analyses
-from tests.analyses import act as act_plainly
 
 _local = threading.local()
 _variable = contextvars.ContextVar("_variable", default=None)
@@ -22,19 +24,12 @@ _held: list[int] = []
 
 
 def act(data: Any, job: Any) -> Any:
-    """Call the function that the data names, here or in tests/analyses.py."""
-    if data["call"] == "report_and_keep":
-        return report_and_keep(job)
-    function = globals().get(data["call"])
-    return function(data["with"]) if function else act_plainly(data, job)
-
-
-def report_and_keep(job: Any) -> Any:
-    """Report three times, of which the second is too soon, and return what was kept."""
-    job.progress(0.1, "a")
-    job.progress(0.2)
-    job.progress(0.3, "b", keep={"n": 1})
-    return job.kept
+    """Call the function of this file that the data names, or do what `tests.analyses:act` does."""
+    function = globals().get(data.get("call", "")) if isinstance(data, dict) else None
+    if not function:
+        return analyses.act(data, job)
+    takes_job = "job" in inspect.signature(function).parameters
+    return function(data["with"], job) if takes_job else function(data["with"])
 
 
 def die_later(data: float) -> None:
@@ -137,3 +132,53 @@ def complete(data: str, job: Any) -> None:
     job.progress(0.5, data)
     threading.Event().wait(0.3)
     job.progress(1)
+
+
+def meddle(data: str) -> str:
+    """Do to the process what an analysis should not."""
+    if data == "print":
+        sys.stdout.write("x" * 1_000_000)
+    if data == "write natively":  # as a library written in C does
+        with contextlib.suppress(OSError):
+            os.write(1, b"progress\n")
+    if data == "change directory":
+        os.chdir("/")
+    if data == "set a handler":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if data == "close output":
+        sys.stdout.close()
+        os.close(1)
+    if data == "close all":
+        os.closerange(3, 1000)
+    return data
+
+
+def hold(data: list[Any]) -> None:
+    """Leave a mark beside a path, and keep the interpreter for as many seconds."""
+    path, seconds = data
+    analyses.note_down(path, "")
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+def leave_behind(data: Any) -> Any:
+    """Start a process that outlives the analysis."""
+    subprocess.Popen(["sh", "-c", "sleep 60 & exit 0"])
+    return data
+
+
+def grow(data: list[Any], job: Any) -> Any:
+    """Wait for a file, then return as many characters as the data says."""
+    path, size = data
+    analyses.wait(path, job)
+    return "x" * size
+
+
+def work(data: int, job: Any) -> int:
+    """Return the data. Every eighth takes three steps, and goes on behind those that it kept."""
+    if data % 8:
+        return data
+    owner, done = job.kept or (data, 0)
+    for step in range(done, 3):
+        threading.Event().wait(0.02)
+        job.progress(step / 3, keep=[data, step + 1])
+    return owner  # what another job kept would be seen

@@ -18,26 +18,10 @@ def guarded(tmp_path_factory) -> Iterator[RealProcess]:
     assert service.end() == 0
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", "/process"),
-        ("GET", "/jobs"),
-        ("POST", "/jobs/resend"),
-        ("GET", "/jobs/x"),
-        ("DELETE", "/jobs/x"),
-        ("GET", "/jobs/x/result"),
-        ("POST", "/jobs/x/cancel"),
-        ("POST", "/jobs/x/resend"),
-        ("GET", "/postprocessed"),
-        ("GET", "/stats"),
-        ("GET", "/metrics"),
-        ("GET", "/openapi.json"),
-    ],
-)
 @pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Bearer new old", "Basic bmV3"])
-def test_a_token_is_needed(guarded, method, path, authorization):
-    answer = guarded.request(method, path, headers={"Authorization": authorization})
+def test_a_token_is_needed(guarded, authorization):
+    """Which routes need one is held against openapi.json, in test_openapi.py."""
+    answer = guarded.get("/jobs", headers={"Authorization": authorization})
 
     assert "Bearer" in refusal(answer, 401)
     assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -53,16 +37,8 @@ def test_each_token_opens_and_its_scheme_has_no_case(guarded, authorization):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", "/livez"), ("GET", "/readyz"), ("POST", "/postprocessed"), ("GET", "/")],
+    "host", ["evil.example:80", "localhost.evil.example", "user@localhost", "evil:127.0.0.1"]
 )
-def test_some_routes_need_no_token(guarded, method, path):
-    answer = guarded.request(method, path, json={"type": "job.succeeded"})
-
-    assert answer.status_code == 200, answer.text
-
-
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "x"])
 @pytest.mark.parametrize(("method", "path"), [("GET", "/jobs"), ("POST", "/process")])
 def test_a_page_elsewhere_cannot_reach_a_service_without_a_token(service, host, method, path):
     answer = service.request(method, path, json={"data": 1}, headers={"Host": host})
@@ -70,7 +46,7 @@ def test_a_page_elsewhere_cannot_reach_a_service_without_a_token(service, host, 
     assert host.partition(":")[0] in refusal(answer, 403)
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]:8080", "127.1.2.3:99"])
+@pytest.mark.parametrize("host", ["LocalHost", "127.0.0.1", "[::1]:8080", "127.1.2.3:99"])
 def test_this_machine_can(service, host):
     assert service.get("/jobs", headers={"Host": host}).status_code == 200
 

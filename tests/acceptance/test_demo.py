@@ -1,4 +1,4 @@
-"""The demo as a whole: what it shows, and that it fails aloud. Its steps are in `test_run.py`."""
+"""The demo with Dask, and that it fails aloud. What it shows is in test_docs.py."""
 
 import os
 import re
@@ -26,23 +26,6 @@ def run_demo(directory: Path, code: str, **env: str) -> subprocess.CompletedProc
     )
 
 
-def test_the_demo_shows_the_answer_then_the_postback_each_with_its_time(tmp_path):
-    done = run_demo(tmp_path, "demo.main()")
-
-    steps = [
-        r"Postback listens on http://127\.0\.0\.1:\d+, with a journal of its own\.",
-        r"POST /process with \d+ bytes",
-        r"200 after \d+\.\d ms",
-        r"POST /postprocessed, \d+\.\d ms after the first",
-        r"signature: good",
-        r'"type": "job\.succeeded"',
-        r"The job is delivered\.",
-        r"The service has stopped\.",
-    ]
-    assert done.returncode == 0, done.stderr
-    assert re.search(".*".join(steps), done.stdout, re.DOTALL)
-
-
 @pytest.mark.slow
 def test_the_demo_brings_a_dask_cluster_if_there_is_none(tmp_path):
     pytest.importorskip("distributed", reason="pip install -r requirements-dask.txt")
@@ -53,13 +36,6 @@ def test_the_demo_brings_a_dask_cluster_if_there_is_none(tmp_path):
     assert done.stdout.startswith("A Dask scheduler listens on tcp://127.0.0.1:")
     assert "The job is delivered." in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_demo_shows_the_process_executor_at_work(tmp_path):
-    done = run_demo(tmp_path, "demo.main()", EXECUTOR="process")
-
-    assert done.returncode == 0, done.stderr
-    assert "The job is delivered." in done.stdout
 
 
 def test_a_service_that_refuses_to_start_fails_the_demo_with_its_reason(tmp_path):

@@ -18,9 +18,7 @@ def seconds_to_answer(service, data) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("jobs", "seconds"), [(200, 1), pytest.param(1000, 5, marks=pytest.mark.slow)]
 )
-def test_jobs_that_run_at_once_are_answered_at_once_and_posted_once(
-    start_process, receiver, jobs, seconds
-):
+def test_many_jobs_are_answered_at_once_and_posted_once(start_process, receiver, jobs, seconds):
     service = start_process(MAX_RUNNING="1000", POSTBACK_URL=receiver.url)
     began = time.monotonic()
 

@@ -10,14 +10,6 @@ import pytest
 
 from tests.harness import free_port, poll, refusal
 
-FACTS = [
-    *("attempts", "attempts_made", "created_at", "data", "ended_at", "error", "expires_at"),
-    *("finished_at", "id", "interrupted", "last_error", "metadata", "next_attempt_at"),
-    *("next_start_at", "outcome", "postback_url", "progress", "result", "started_at", "starts"),
-    "state",
-]
-
-
 # Lists
 
 
@@ -47,20 +39,11 @@ def test_jobs_are_listed_by_state_without_what_is_large(start_process, gate):
 @pytest.mark.parametrize(
     ("path", "status_code"),
     [
-        ("/jobs?state=done", 400),
-        ("/jobs?state=", 400),
-        ("/jobs?limit=0", 400),
-        ("/jobs?limit=1001", 400),
-        ("/jobs?limit=-1", 400),
-        ("/jobs?limit=", 400),
-        ("/jobs?limit=%C2%B2", 400),
-        ("/jobs?limit=" + "9" * 5000, 400),
-        ("/jobs?before=unknown", 404),
-        ("/jobs?before=", 404),
-        ("/jobs?before=%FF%00", 404),
+        *((f"/jobs?state={state}", 400) for state in ("done", "")),
+        *((f"/jobs?limit={limit}", 400) for limit in ("0", "1001", "-1", "", "%C2%B2", "9" * 5000)),
+        *((f"/jobs?before={job_id}", 404) for job_id in ("unknown", "", "%FF%00")),
         ("/postprocessed?limit=0", 400),
         ("/nothing", 404),
-        ("/process", 405),
     ],
 )
 def test_a_question_of_nonsense_is_refused(service, path, status_code):
@@ -75,7 +58,6 @@ def test_everything_about_an_ended_job_is_told(service, mailbox):
 
     job = service.wait_for(job_id)
 
-    assert sorted(job) == FACTS
     assert (job["state"], job["outcome"], job["starts"]) == ("delivered", "succeeded", 1)
     assert (job["data"], job["result"], job["error"]) == ({"a": 1}, {"a": 1}, None)
     assert job["postback_url"] == mailbox.url
@@ -155,7 +137,7 @@ def test_what_the_state_does_not_allow_is_409_with_the_state(service, gate, oper
 def test_ended_jobs_are_removed_after_retention(start_process, gate):
     service = start_process(DRAIN="50ms")
     running = service.send(gate.data)
-    service.wait_for_all([service.send(number) for number in (1, 2)])
+    service.wait_for_all([service.send(number) for number in range(120)])  # more than a batch
     assert service.end() == 75
 
     later = start_process(RETENTION="1ms")

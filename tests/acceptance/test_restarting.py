@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import requests
 
+from tests.faults.launch import KILLED
 from tests.harness import ROOT, RealProcess, act, environment, poll
-from tests.launcher import KILLED
 
 
 def send(service: RealProcess, data: Any) -> str:
@@ -31,7 +31,7 @@ def send(service: RealProcess, data: Any) -> str:
     ],
 )
 def test_a_job_survives_a_kill_at_any_point(start_process, receiver, point, starts, postbacks):
-    command = ("-m", "tests.launcher")
+    command = ("-m", "tests.faults.launch")
     killed = start_process(command=command, KILL_AT=point, POSTBACK_URL=receiver.url)
     answered = send(killed, [1, 2, 3])
     assert killed.wait() == KILLED
@@ -50,7 +50,7 @@ def test_a_job_survives_a_kill_at_any_point(start_process, receiver, point, star
 
 
 def test_a_kill_before_the_commit_leaves_no_answer_and_no_job(start_process):
-    killed = start_process(command=("-m", "tests.launcher"), KILL_AT="Journal.accept:after")
+    killed = start_process(command=("-m", "tests.faults.launch"), KILL_AT="Journal.accept:after")
 
     answered = send(killed, 1)
 
@@ -59,20 +59,18 @@ def test_a_kill_before_the_commit_leaves_no_answer_and_no_job(start_process):
     assert start_process().ids() == []
 
 
-def test_jobs_that_ran_start_again_at_once_and_a_new_one_does_not_wait(start_process):
+def test_jobs_that_ran_start_again_at_once_and_a_new_one_does_not_wait(start_process, gate):
     service = start_process()
-    running = [service.send(act("sleep", 3)) for _ in range(6)]
-    for one in running:
-        service.wait_for(one, "running")
+    running = [service.send(gate.data) for _ in range(6)]
+    gate.wait_for(6)
 
-    service.kill()
-    service.start()
+    kill_and_start_again(service, gate)
+    gate.wait_for(6)  # all at once, since none of them can end
     new = service.wait_for(service.send(1))
-    jobs = service.wait_for_all(running)
+    gate.open()
 
     assert new["outcome"] == "succeeded"
-    first_end = min(job["finished_at"] for job in jobs)
-    assert max(one["started_at"] for one in [new, *jobs]) < first_end  # all at once
+    jobs = service.wait_for_all(running)
     assert [(job["starts"], job["interrupted"]) for job in jobs] == [(2, 1)] * 6
 
 
@@ -100,9 +98,7 @@ def kill_and_start_again(service, gate) -> None:
     service.start()
 
 
-def test_a_job_runs_alone_from_its_third_unclean_end_and_is_crashed_after_the_fifth(
-    start_process, gate
-):
+def test_a_job_runs_alone_from_its_third_kill_and_is_crashed_after_the_fifth(start_process, gate):
     service = start_process()
     job_id, workers = service.send(gate.data), []
 
@@ -152,7 +148,7 @@ def test_mere_restarts_are_not_counted(start_process, gate, tmp_path):
     service.kill()
 
     env = environment({"KILL_AT": "Journal.resume:after", "JOURNAL": str(tmp_path / "journal.db")})
-    command = [sys.executable, "-m", "tests.launcher"]
+    command = [sys.executable, "-m", "tests.faults.launch"]
     while_it_resumes = subprocess.run(command, cwd=ROOT, env=env, check=False)
     gate.open()
     service.start()

@@ -27,9 +27,7 @@ EXECUTORS = pytest.mark.parametrize("executor", ["thread", "process"])
         ("circular", "not_serialisable", "contains itself"),
     ],
 )
-def test_an_analysis_that_fails_is_posted_back_with_its_error(
-    service, mailbox, name, kind, message
-):
+def test_an_analysis_that_fails_is_posted_with_its_error(service, mailbox, name, kind, message):
     job_id = service.send(act(name, 7), mailbox)
 
     (event,) = events(mailbox.wait_for(1))
@@ -41,9 +39,7 @@ def test_an_analysis_that_fails_is_posted_back_with_its_error(
     assert "failed" in refusal(service.get(f"/jobs/{job_id}/result"), 409)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("fail", "ValueError frames="), ("nan", "not_serialisable")]
-)
+@pytest.mark.parametrize(("name", "said"), [("fail", "ValueError"), ("nan", "not_serialisable")])
 def test_the_log_says_how_an_analysis_failed_and_never_on_what(service, mailbox, name, said):
     job_id = service.send(act(name, "canary-17"), mailbox)
     mailbox.wait_for(1)
@@ -53,6 +49,7 @@ def test_the_log_says_how_an_analysis_failed_and_never_on_what(service, mailbox,
     begin = f"WARNING postback analysis failed job_id={job_id} type={said}"
     (line,) = [one for one in service.log().splitlines() if begin in one]
     assert ("tests/analyses.py:" in line) is (name == "fail")
+    assert "worker.py" not in line
     assert "canary" not in service.log()
 
 
@@ -78,17 +75,14 @@ def test_no_more_than_max_running_analyses_run_and_they_start_in_order(start_pro
 # What ends a process, or forks one
 
 
-@pytest.mark.parametrize(
-    ("way", "told"), [("segfault", "signal 11 (Segmentation fault)"), ("exit 3", "exit code 3")]
-)
-def test_a_job_that_ends_its_worker_crashes_alone(either, mailbox, way, told):
-    ways = [act("sleep", 0.2)] * 6 + [act("end_process", way)] + [act("sleep", 0.2)] * 6
+def test_a_job_that_ends_its_worker_crashes_alone(either, mailbox):
+    ways = [act("sleep", 0.1)] * 6 + [act("end_process", "segfault")] + [act("sleep", 0.1)] * 6
 
     jobs = either.wait_for_all([either.send(data, mailbox) for data in ways])
 
     outcomes = [job["outcome"] for job in jobs]
     assert outcomes == ["succeeded"] * 6 + ["crashed"] + ["succeeded"] * 6
-    assert told in jobs[6]["error"]["message"]
+    assert "signal 11 (Segmentation fault)" in jobs[6]["error"]["message"]
     assert len(mailbox.requests) == 13
     poll(lambda: either.get("/readyz").status_code == 200, "ready")
 
@@ -160,12 +154,12 @@ def test_jobs_that_hang_time_out_and_free_their_places(start_process, tmp_path, 
 
 
 def test_the_time_that_a_worker_takes_to_load_is_not_counted(start_process, tmp_path):
-    slow = "import threading; threading.Event().wait(0.6); from tests.analyses import act"
+    slow = "import threading; threading.Event().wait(0.4); from tests.analyses import act"
     (tmp_path / "slow.py").write_text(slow, encoding="ascii")
     service = start_process(
         EXECUTOR="process",
         WORKERS="1",
-        JOB_TIMEOUT="300ms",
+        JOB_TIMEOUT="200ms",
         ANALYSIS="slow:act",
         PYTHONPATH=str(tmp_path),
     )
@@ -198,8 +192,8 @@ def test_a_job_that_waits_can_be_canceled_and_never_runs(start_process, gate, re
     assert gate.begun() == [running, last]
 
 
-def test_to_cancel_a_job_that_hangs_frees_its_place(start_process, tmp_path):
-    service = start_process(MAX_RUNNING="1")
+def test_a_canceled_job_that_hangs_frees_its_place_and_delays_no_stop(start_process, tmp_path):
+    service = start_process(MAX_RUNNING="1", DRAIN="1h")
     hung = service.send(act("hang", str(tmp_path / "hung")))
     poll(lambda: list(tmp_path.glob("hung.*")), "a job that hangs")
     after = service.send(1)
@@ -208,6 +202,7 @@ def test_to_cancel_a_job_that_hangs_frees_its_place(start_process, tmp_path):
 
     jobs = service.wait_for_all([hung, after])
     assert [job["outcome"] for job in jobs] == ["canceled", "succeeded"]
+    assert service.end(timeout=5) == 0
 
 
 def test_of_cancel_and_end_exactly_one_is_posted(service, mailbox, gate):

@@ -1,9 +1,12 @@
-"""Starts the service as a user does; it notes what it accepts, commits carelessly, or fails.
+"""Starts the service as a user does; it notes what it accepts, fails, or ends at one point.
 
 ACKNOWLEDGED=<path>  writes the id of each accepted job to this file before its answer leaves
 ACCEPT=NORMAL        lets answers leave without an fsync, which the product must not do
 FAULT=<path>         once this file says `SQLITE_FULL 3`, the third operation from then on of the
                      connection that writes fails with this error; it says so in the log
+KILL_AT=Journal.accept:before
+                     ends it as kill -9 would when that method is called; with `:after`, when the
+                     method has done its work and nobody knows yet
 """
 
 import logging
@@ -16,8 +19,13 @@ from typing import Any
 
 import app
 from jobs import runner
+from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from jobs.storage import Storage
+from postback import Sender
+
+#: The exit code of a process that was killed by SIGKILL, as a shell tells it.
+KILLED = 137
 
 
 class Careless(sqlite3.Connection):
@@ -79,7 +87,24 @@ def acknowledge(path: str) -> None:
     Storage._commit = commit_and_note  # type: ignore[assignment,method-assign]
 
 
+def die_at(point: str) -> None:
+    """Make one method the last that the process calls."""
+    method, _, moment = point.partition(":")
+    owner_name, _, name = method.partition(".")
+    owner = {one.__name__: one for one in (Journal, Sender, WorkerExecutor)}[owner_name]
+    original = getattr(owner, name)
+
+    def last(*args: Any, **kwargs: Any) -> None:
+        if moment == "after":
+            original(*args, **kwargs)
+        os._exit(KILLED)
+
+    setattr(owner, name, last)
+
+
 if __name__ == "__main__":
+    if point := os.environ.get("KILL_AT"):
+        die_at(point)
     if path := os.environ.get("ACKNOWLEDGED"):
         acknowledge(path)
     if os.environ.get("ACCEPT") == "NORMAL":

@@ -50,9 +50,7 @@ def insist(service: RealProcess) -> str:
 @pytest.mark.service
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("code", PASSING)
-def test_whichever_operation_fails_the_job_is_delivered_and_the_service_recovers(
-    service, receiver, tmp_path, code
-):
+def test_whichever_operation_fails_the_job_is_delivered(service, receiver, tmp_path, code):
     job_ids, number = [], 0
 
     while service.log().count("It fails.") == number:  # until a job needs no more operations
@@ -72,9 +70,7 @@ def test_whichever_operation_fails_the_job_is_delivered_and_the_service_recovers
 @pytest.mark.service
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("code", LASTING)
-def test_whichever_operation_fails_for_good_the_process_ends_and_no_job_is_lost(
-    service, receiver, tmp_path, code
-):
+def test_whichever_operation_fails_for_good_no_job_is_lost(service, receiver, tmp_path, code):
     job_ids, number, code_of_exit = [], 0, 74
 
     while code_of_exit == 74:
@@ -110,9 +106,7 @@ def start_is_refused(path: Path, code: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize("code", [*PASSING, *LASTING])
-def test_whichever_operation_fails_at_the_start_the_next_one_resumes_all(
-    monkeypatch, tmp_path, code
-):
+def test_whichever_operation_fails_at_a_start_the_next_resumes_all(monkeypatch, tmp_path, code):
     path = tmp_path / "journal.db"
     with closing(Journal(path, on_lost=lambda: None)) as journal:
         journal.open()

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import errors
 from tests import wire
-from tests.faults.world import MAX, answers, case, check, here
+from tests.faults.world import MAX, answers, case, cases, check, here
 from web import intake
 
 
@@ -51,11 +51,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(
     ("sent", "codes", "rows"),
-    [
-        case(f"{number} {place}", wire.post(body), 400)
-        for number, bodies in REFUSED.items()
-        for place, body in enumerate(bodies)
-    ],
+    [row for number, sent in REFUSED.items() for row in cases(number, 400, *map(wire.post, sent))],
 )
 def test_what_is_not_plainly_json_is_refused(service, sent, codes, rows):
     check(service, sent, codes, rows)
@@ -103,15 +99,7 @@ def test_a_value_arrives_as_it_was_sent(service, mailbox, text):
     assert json.loads(request.body)["data"]["result"] == json.loads(text)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(of(lists(1000)), id="C04 1,000"),
-        pytest.param(of(objects(100_000)), id="C04 100,000"),
-        pytest.param(of("9" * 4301), id="C05 4,301 digits"),
-        pytest.param(of("9" * 1_000_000), id="C05 1 MB of digits"),
-    ],
-)
+@pytest.mark.parametrize("body", [of(objects(100_000)), of("9" * 1_000_000)], ids=["C04", "C05"])
 def test_what_would_take_long_is_refused_at_once(body):
     assert min(processor_seconds(body) for _ in range(5)) < 0.02
 

@@ -27,6 +27,14 @@ def case(number: str, sent: bytes, *codes: int, rows: int = 0) -> Any:
     return pytest.param(sent, codes, rows, id=number)
 
 
+def cases(number: str, code: int, *requests: bytes) -> list[Any]:
+    """Return a row for each of these requests, which are all accepted, or all refused alike."""
+    return [
+        case(f"{number} {place}", sent, code, rows=code == 200)
+        for place, sent in enumerate(requests)
+    ]
+
+
 def check(service: Any, sent: bytes, codes: Sequence[int], rows: int) -> None:
     """Send bytes and expect these statuses, so many jobs, and that another job is delivered."""
     before = set(service.ids())

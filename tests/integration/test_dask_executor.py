@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import threading
 
 import pytest
 
@@ -99,16 +98,7 @@ def test_an_analysis_that_the_workers_do_not_have_fails_its_jobs(cluster, start,
     assert ending.error["type"] == "LoadError"
 
 
-def test_a_stopped_job_is_given_up(cluster, start, tmp_path):
-    call = Call(start(cluster), "wait", str(tmp_path / "go"))
-    mark(call, tmp_path / "go")
-
-    call.stop()
-
-    assert call.wait() is None
-    (tmp_path / "go").touch()
-
-
+@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_is_run_by_another(own_cluster, start, tmp_path):
     one = start(own_cluster.start(workers=1))
     call = Call(one, "wait", str(tmp_path / "go"))
@@ -131,9 +121,7 @@ def test_a_job_that_kills_its_workers_is_crashed(own_cluster, start):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_away_is_waited_for_and_its_jobs_are_put_back(
-    own_cluster, start, tmp_path, caplog, monkeypatch
-):
+def test_a_cluster_that_is_away_is_waited_for(own_cluster, start, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "postback")
     monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.05)
     one = start(own_cluster, waits=False)
@@ -157,26 +145,6 @@ def test_a_cluster_that_is_away_is_waited_for_and_its_jobs_are_put_back(
     assert told == ["cluster away", "cluster connected"] * 2
 
 
-def test_a_cluster_that_stays_away_costs_no_thread_for_each_attempt(start, monkeypatch):
-    monkeypatch.setattr(dask_executor, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.01)
-    attempts: list[int] = []
-    connect = DaskExecutor._connection
-
-    def try_to_connect(*args):
-        attempts.append(1)
-        return connect(*args)
-
-    monkeypatch.setattr(DaskExecutor, "_connection", try_to_connect)
-    start(Cluster(ROOT), waits=False)
-
-    poll(lambda: len(attempts) > 2, "two attempts")
-    before = threading.active_count()
-    poll(lambda: len(attempts) > 8, "six more")
-
-    assert threading.active_count() <= before
-
-
 def test_a_file_that_the_workers_cannot_import_is_said(cluster, start, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
 
@@ -185,14 +153,17 @@ def test_a_file_that_the_workers_cannot_import_is_said(cluster, start, tmp_path)
     poll(lambda: "cannot be used: division by zero" in (one.failure() or ""), "the failure")
 
 
-def test_close_gives_up_what_runs(cluster, start, tmp_path):
+def test_what_is_stopped_is_given_up_and_so_is_all_at_the_close(cluster, start, tmp_path):
     one = start(cluster)
-    call = Call(one, "wait", str(tmp_path / "go"))
-    mark(call, tmp_path / "go")
+    stopped, other = (Call(one, "wait", str(tmp_path / "go")) for _ in range(2))
+    mark(stopped, tmp_path / "go")
 
+    stopped.stop()
+    assert stopped.wait() is None
+    mark(other, tmp_path / "go")
     one.close()
 
-    assert call.wait() is None
+    assert other.wait() is None
     assert one.free() == 0
     (tmp_path / "go").touch()
 

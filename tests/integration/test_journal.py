@@ -134,9 +134,7 @@ QUIET: dict[str, Move] = {
 
 
 def cases(table, *, legal: bool):
-    return [
-        (name, state) for name in table for state in State if (state in table[name][1]) is legal
-    ]
+    return [(key, state) for key in table for state in State if (state in table[key][1]) is legal]
 
 
 def contents(one: Journal) -> list[tuple[Any, ...]]:
@@ -211,9 +209,6 @@ def test_of_many_threads_that_take_exactly_one_gets_it(opened, name):
     assert [bool(taken) for taken in race(lambda: take(opened))].count(True) == 1
 
 
-# Accept and run
-
-
 def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     ids = [accept(opened) for _ in range(4)]
     for begun, is_alone in zip(claim(opened), (False, True, True, True), strict=True):
@@ -222,15 +217,6 @@ def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     claimed = [(one.job.id, one.job.alone) for one in claim(opened, max_shared=2)]
 
     assert claimed == [(ids[1], Alone.SHARED), (ids[2], Alone.SHARED), (ids[0], Alone.NO)]
-
-
-def test_a_job_that_waits_to_run_again_is_claimed_when_its_time_has_come(opened):
-    again(opened, running(opened), next_start_at=NOW + SECOND)
-
-    assert claim(opened) == []
-    assert opened.release_due_starts(now=NOW) == (0, NOW + SECOND)
-    assert opened.release_due_starts(now=NOW + SECOND) == (1, None)
-    assert len(claim(opened)) == 1
 
 
 # Deliver
@@ -248,13 +234,6 @@ def test_due_attempts_are_taken_once_for_one_receiver_the_earliest_first(opened)
     assert opened.earliest_attempts() == [("", NOW + SECOND * 3), ("https://b:443", NOW)]
 
 
-def test_only_an_attempt_that_was_not_made_is_put_off(opened):
-    for bring in (delivering, delivered, running):
-        opened.put_off(bring(opened).id, until=NOW + SECOND)
-
-    assert opened.earliest_attempts() == [("", NOW + SECOND)]
-
-
 def test_undelivered_jobs_of_a_time_are_resent_in_batches(opened):
     for _ in range(3):
         undelivered(opened)
@@ -266,44 +245,16 @@ def test_undelivered_jobs_of_a_time_are_resent_in_batches(opened):
 # Start, stop and prune
 
 
-def test_what_was_under_way_goes_on_after_an_unclean_end(opened):
-    jobs = {state: BRING_TO[state](opened).id for state in reversed(State)}
-
-    crashed, waiting = opened.resume(now=NOW + SECOND, latest=LATEST)
-
-    assert (crashed, waiting) == ([], 2)
-    ran, posted = opened.job(jobs[RUNNING]), opened.job(jobs[DELIVERING])
-    assert (ran.state, ran.starts, ran.interrupted) == (ACCEPTED, 1, 1)
-    assert posted.next_attempt_at == NOW + SECOND
-    assert {opened.job(jobs[state]).state for state in ENDED} == ENDED
-
-
-def test_a_job_runs_alone_from_its_third_unclean_end_and_is_given_back_at_its_fifth(opened):
-    job_id, seen = accept(opened), []
-
-    for _ in range(4):
+def test_of_the_jobs_that_were_interrupted_often_only_so_many_are_claimed(opened):
+    for _ in range(2):
+        accept(opened)
+    for _ in range(model.ALONE_FROM):
         claim(opened)
         opened.resume(now=NOW, latest=LATEST)
-        seen.append(opened.job(job_id).alone)
-    limited = claim(opened, max_interrupted=0)
-    claim(opened)
-    (crashed,), _ = opened.resume(now=NOW, latest=LATEST)
 
-    assert (seen, limited) == ([0, 0, Alone.INTERRUPTED, Alone.INTERRUPTED], [])
-    assert (crashed.id, crashed.state, crashed.interrupted) == (job_id, RUNNING, 5)
+    claimed = [claim(opened, max_interrupted=most) for most in (0, 1)]
 
-
-def test_a_job_that_kept_a_value_since_it_ran_alone_may_share_a_worker_again(opened):
-    job_id = accept(opened)
-    for _ in range(3):
-        claim(opened)
-        opened.resume(now=NOW, latest=LATEST)
-    (alone,) = claim(opened)
-
-    opened.keep(job_id, "1")
-
-    assert alone.job.alone == Alone.INTERRUPTED
-    assert (opened.job(job_id).alone, opened.job(job_id).interrupted) == (0, 0)
+    assert [[one.job.alone for one in some] for some in claimed] == [[], [Alone.INTERRUPTED]]
 
 
 def test_nothing_is_due_later_than_the_schedule_allows_when_the_clock_was_set_back(opened):

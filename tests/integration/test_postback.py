@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pycurl
 import pytest
-from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+from standardwebhooks.webhooks import Webhook
 
 import config
 import postback
-from jobs import errors, model
+from jobs import model
 from tests import receiver as script
 from tests.certificates import Certificates
+from tests.harness import ROOT
 from tests.receiver import Receiver
-from web import outbound, signatures
+from web import outbound
 
-ROOT = Path(__file__).parent.parent.parent
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_" + "QUJD" * 10
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -53,12 +53,6 @@ def sender_to(url, *, clock=lambda: NOW, random=lambda: 0.5, own_origins=frozens
     changed = replace(config.load(), **{SETTINGS[name]: settings[name] for name in settings})
     options = {"clock": clock, "random": random, "own_origins": own_origins}
     return postback.Sender(changed, url=url, **options)
-
-
-@pytest.fixture
-def receiver():
-    with Receiver() as one:
-        yield one
 
 
 @pytest.fixture
@@ -107,10 +101,6 @@ def attempt(sender, url=None, *, number=1, event=EVENT, forwarded=None):
     return sender.attempt(job, event)
 
 
-def descriptors():
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def case(number, answer, *expected):
     return pytest.param(answer, *expected, id=number)
 
@@ -155,14 +145,6 @@ def test_the_event_is_sent_byte_for_byte_with_the_headers_of_a_webhook(sender_wi
     }
 
 
-def test_without_a_secret_nothing_is_signed(sender, receiver):
-    attempt(sender, event=b"")
-
-    [request] = receiver.wait_for(1)
-    assert "webhook-signature" not in request.headers
-    assert request.headers["content-length"] == "0"
-
-
 def test_f25_f26_each_attempt_verifies_under_each_secret_two_hours_later_too(sender_with, receiver):
     ticks = iter([datetime.now(UTC) - timedelta(hours=2), datetime.now(UTC)])
     sender = sender_with(receiver.url, secrets=[SECRET, OTHER], clock=lambda: next(ticks))
@@ -177,27 +159,20 @@ def test_f25_f26_each_attempt_verifies_under_each_secret_two_hours_later_too(sen
     assert first.headers["webhook-signature"] != second.headers["webhook-signature"]
 
 
-def test_i34_a_receiver_that_a_caller_names_has_a_secret_of_its_own(sender_with, receiver):
-    with Receiver() as ours, Receiver() as listed:
+def test_i34_a_caller_that_names_our_own_receiver_changes_no_secret(sender_with, receiver):
+    with Receiver() as own:
         sender = sender_with(
-            ours.url,
-            own_origins=frozenset({listed.origin}),
-            policy=outbound.Policy.of(f"{receiver.origin} {ours.origin} {listed.origin}"),
-            secrets=[SECRET, OTHER],
+            receiver.url,
+            own_origins=frozenset({own.origin}),
+            policy=outbound.Policy.of(f"{receiver.origin} {own.origin}"),
+            secrets=[SECRET],
             clock=lambda: datetime.now(UTC),
         )
-        for url in (None, ours.url, listed.url, receiver.url):
+        for url in (receiver.url, own.url):
             attempt(sender, url)
 
-    for secret in (SECRET, OTHER):
-        for request in (*ours.requests, *listed.requests):
-            Webhook(secret).verify(request.body, request.headers)
-        derived = signatures.secret_for(secret, receiver.origin)
-        [request] = receiver.requests
-        Webhook(derived).verify(request.body, request.headers)
-        with pytest.raises(WebhookVerificationError):
-            Webhook(secret).verify(request.body, request.headers)
-    assert (len(ours.requests), len(listed.requests)) == (2, 1)
+        for request in (*receiver.wait_for(1), *own.wait_for(1)):
+            Webhook(SECRET).verify(request.body, request.headers)
 
 
 def test_headers_of_the_caller_and_of_the_operator_are_sent_too(sender_with, receiver):
@@ -209,19 +184,6 @@ def test_headers_of_the_caller_and_of_the_operator_are_sent_too(sender_with, rec
     headers = receiver.wait_for(1)[0].headers
     assert headers["authorization"] == "Bearer token"
     assert (headers["traceparent"], headers["x-request-id"]) == ("00-1-2-01", "r")
-
-
-def test_headers_of_the_operator_are_not_sent_to_urls_that_only_the_star_allows(sender_with):
-    sender = sender_with(
-        "http://a", headers={"Authorization": "Bearer token"}, policy=outbound.Policy.of("*")
-    )
-    sent = []
-    sender._adapters[True].send = lambda request, **_: sent.append(request.headers)
-
-    attempt(sender, "https://a.example/")
-
-    assert "Authorization" not in sent[0]
-    assert sent[0]["webhook-id"] == "job_1"
 
 
 def test_f19_nothing_of_the_environment_is_used(sender_with, receiver, monkeypatch, tmp_path):
@@ -263,17 +225,10 @@ def test_f08_any_2xx_is_delivered(sender, receiver, status_code):
 @pytest.mark.parametrize(
     ("status_code", "error"),
     [
-        (400, "400 Bad Request"),
-        (401, "401 Unauthorized"),
-        (403, "403 Forbidden"),
-        (404, "404 Not Found"),
-        (429, "429 Too Many Requests"),
-        (500, "500 Internal Server Error"),
-        (502, "502 Bad Gateway"),
-        (503, "503 Service Unavailable"),
-        (504, "504 Gateway Timeout"),
-        (599, "599"),
-        (999, "999"),
+        *((400, "400 Bad Request"), (401, "401 Unauthorized"), (403, "403 Forbidden")),
+        *((404, "404 Not Found"), (429, "429 Too Many Requests"), (502, "502 Bad Gateway")),
+        *((500, "500 Internal Server Error"), (504, "504 Gateway Timeout")),
+        *((503, "503 Service Unavailable"), (599, "599"), (999, "999")),
     ],
 )
 def test_f10_f13_any_other_status_is_a_failed_attempt(sender, receiver, status_code, error):
@@ -285,8 +240,13 @@ def test_f10_f13_any_other_status_is_a_failed_attempt(sender, receiver, status_c
     assert made.hold_seconds == 0
 
 
-@pytest.mark.parametrize("status_code", [301, 302, 303, 304, 307, 308])
-@pytest.mark.parametrize("place", ["/postback", "http://169.254.169.254/latest/meta-data"])
+@pytest.mark.parametrize(
+    ("status_code", "place"),
+    [
+        *((status_code, "/postback") for status_code in (301, 302, 303, 304, 307, 308)),
+        (302, "http://169.254.169.254/latest/meta-data"),
+    ],
+)
 def test_f07_d11_a_redirect_is_a_failure_and_not_followed(sender, receiver, status_code, place):
     receiver.answers = [status(status_code, Location=place)]
 
@@ -294,21 +254,6 @@ def test_f07_d11_a_redirect_is_a_failure_and_not_followed(sender, receiver, stat
 
     assert made.error.endswith("redirects are not followed")
     assert len(receiver.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (410, "410 Gone"),
-        (status(500, Webhook_Delivery="abort-message"), "500 Internal Server Error"),
-    ],
-)
-def test_f11_an_answer_may_ask_for_no_further_attempt(sender, receiver, answer, error):
-    receiver.answers = [answer]
-
-    made = attempt(sender)
-
-    assert (made.error, made.seconds_until_next) == (error, None)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +267,10 @@ def test_f11_an_answer_may_ask_for_no_further_attempt(sender, receiver, answer, 
         case("F14 204 with a body", b"HTTP/1.1 204 No Content\r\n\r\na body all the same"),
         case("F16 300 MB", script.huge_body),
         case("F16 endless", script.endless_body),
-        case(
-            "F16 gzip bomb", script.flood(OK + b"Content-Encoding: gzip\r\n\r\n\x1f", b"\0" * 9999)
-        ),
+        case("F16 bomb", script.flood(OK + b"Content-Encoding: gzip\r\n\r\n\x1f", b"\0" * 9999)),
         case("F17 200 headers", OK + b"A: b\r\n" * 200 + b"\r\n"),
         case("F17 64 KiB line", OK + b"A: " + b"b" * 65536 + b"\r\n\r\n"),
-        case(
-            "odd headers", OK + b"Content-Type: \xff; charset=\xff\r\nSet-Cookie: \xff;;=\r\n\r\n"
-        ),
+        case("odd", OK + b"Content-Type: \xff; charset=\xff\r\nSet-Cookie: \xff;;=\r\n\r\n"),
         case("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\nold"),
         case("after 100", b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"\r\n"),
         case("after 103", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK + b"\r\n"),
@@ -402,24 +343,6 @@ def test_the_start_of_a_failed_answer_is_kept_for_the_operator(sender, receiver,
     assert [attempt(sender).answer for _ in range(3)] == [answer, answer, None]
 
 
-def test_the_answer_from_a_url_that_only_the_star_allows_is_not_kept(sender_with, receiver):
-    sender = sender_with("http://a", policy=outbound.Policy.of("*"))
-    receiver.answers = [script.reply(500, b"private", headers={"Retry-After": "60"})]
-    private = postback.Sender._request
-
-    def to_receiver(*arguments, **options):
-        request = private(sender, *arguments, **options)
-        request.url = receiver.url
-        return request
-
-    sender._request = to_receiver
-    sender._adapters[True] = sender._adapters[False]
-
-    made = attempt(sender, "https://a.example/")
-
-    assert (made.status_code, made.answer, made.seconds_until_next) == (500, None, 60.0)
-
-
 # In time
 
 
@@ -431,10 +354,7 @@ def test_f01_a_refused_connection_is_a_failed_attempt_until_the_receiver_comes_u
     with Receiver(port=port):
         delivered = attempt(sender)
 
-    assert (refused.error, refused.status_code) == (
-        "the connection failed: Connection refused",
-        None,
-    )
+    assert refused.error == "the connection failed: Connection refused"
     assert delivered.delivered
 
 
@@ -476,47 +396,6 @@ def test_f22_an_answer_counts_until_the_limit(hasty, receiver):
     receiver.answers = [late(0.2), late(0.4)]
 
     assert [attempt(hasty).delivered for _ in range(2)] == [True, False]
-
-
-def test_many_attempts_end_each_in_its_own_time(hasty, receiver):
-    receiver.default = script.hang
-
-    with ThreadPoolExecutor(20) as pool:
-        made = list(pool.map(lambda _: attempt(hasty), range(20)))
-
-    assert [one.duration_seconds for one in made] == pytest.approx([0.3] * 20, abs=0.2)
-
-
-def test_closed_idle_connections_leave_no_descriptor_and_it_goes_on(sender_with):
-    before = descriptors()
-    with Receiver([204, script.hang, script.reset, 500, script.drip_headers]) as receiver:
-        sender = sender_with(receiver.url, timeout_seconds=0.2)
-        made = [attempt(sender).delivered for _ in range(5)]
-        sender.close_idle(0.0)
-        made.append(attempt(sender).delivered)
-        sender.close_idle(0.0)
-
-    assert made == [True, False, False, False, False, True]
-    assert descriptors() == before
-
-
-def test_an_event_does_not_stay_in_memory(sender):
-    event = bytes(1_000_000)
-    before = sys.getrefcount(event)
-
-    attempt(sender, event=event)
-
-    assert sys.getrefcount(event) == before
-
-
-def test_256_attempts_at_once_are_made_in_silence(sender, receiver, caplog):
-    caplog.set_level(logging.DEBUG)
-
-    with ThreadPoolExecutor(256) as pool:
-        made = list(pool.map(lambda _: attempt(sender), range(256)))
-
-    assert all(one.delivered for one in made)
-    assert caplog.records == []
 
 
 HANGING_NAMES = """
@@ -563,9 +442,7 @@ def test_f02_a_name_server_that_hangs_holds_up_neither_this_attempt_nor_the_next
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2", "::1"])
-def test_i18_a_first_address_that_is_silent_costs_less_than_a_second(
-    sender_with, receiver, address
-):
+def test_i18_a_silent_first_address_costs_less_than_a_second(sender_with, receiver, address):
     with script.silent_port(address, receiver.port):
         shown = f"[{address}]" if ":" in address else address
         made = attempt(
@@ -579,24 +456,23 @@ def test_i18_a_first_address_that_is_silent_costs_less_than_a_second(
     assert made.duration_seconds < 1
 
 
-def test_a_connection_is_kept_for_the_next_attempt(sender, receiver):
-    receiver.answers = [204, 500, script.reply(200, b"x" * 4000), 202]
-
-    for _ in range(4):
-        attempt(sender)
-
-    assert {request.connection for request in receiver.wait_for(4)} == {1}
-
-
-@pytest.mark.parametrize("answer", [script.reply(200, b"x" * 5000), script.TRUNCATED])
-def test_a_connection_with_something_left_on_it_is_not_used_again(sender, receiver, answer):
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        (204, [1, 1]),
+        (500, [1, 1]),
+        (script.reply(200, b"x" * 4000), [1, 1]),
+        (script.reply(200, b"x" * 5000), [1, 2]),  # more than is read
+        (script.TRUNCATED, [1, 2]),
+    ],
+)
+def test_a_connection_is_kept_unless_something_is_left_on_it(sender, receiver, answer, connections):
     receiver.answers = [answer, 204]
 
-    attempt(sender)
-    made = attempt(sender)
+    made = [attempt(sender) for _ in range(2)]
 
-    assert made.delivered
-    assert [request.connection for request in receiver.wait_for(2)] == [1, 2]
+    assert made[1].delivered
+    assert [request.connection for request in receiver.wait_for(2)] == connections
 
 
 def test_i19_f20_a_kept_connection_that_was_closed_costs_no_attempt(sender, receiver):
@@ -614,9 +490,7 @@ def test_i19_f20_a_kept_connection_that_was_closed_costs_no_attempt(sender, rece
     assert attempt(sender).delivered
 
 
-def test_i19_a_kept_connection_that_is_closed_at_the_next_request_costs_no_attempt(
-    sender, receiver
-):
+def test_i19_a_connection_that_is_closed_at_the_next_request_costs_no_attempt(sender, receiver):
     receiver.answers = [200, script.close, 200]
 
     made = [attempt(sender).delivered for _ in range(2)]
@@ -652,17 +526,6 @@ def test_a_url_that_is_not_listed_is_refused(sender, receiver):
 
     assert made.error.startswith(f"refused: postback_url: {receiver.origin} is not listed")
     assert (made.seconds_until_next, made.status_code, receiver.connections) == (2.0, None, 0)
-
-
-def test_a_listed_origin_may_be_private(sender_with, receiver):
-    sender = sender_with("http://a", policy=outbound.Policy.of(receiver.origin))
-
-    assert attempt(sender, receiver.url).delivered
-
-
-def job_fields(url):
-    fields = {"state": model.State.DELIVERING, "forwarded": {}, "created_at": NOW}
-    return {"id": "job_1", "postback_url": url, "receiver": "", **fields}
 
 
 @pytest.mark.parametrize(
@@ -724,6 +587,24 @@ def test_d09_a_public_address_is_connected_to_only_if_the_others_are_public(
     assert public_localhost.connections == len(set(connections))
 
 
+def test_a_url_that_only_the_star_allows_gets_no_secret(sender_with, tls, public_localhost):
+    public_localhost.answers = [script.reply(500, b"private", headers={"Retry-After": "60"})]
+    sender = sender_with(
+        "http://a",
+        policy=outbound.Policy.of("*"),
+        ca_path=tls.ca,
+        headers={"Authorization": "Bearer token"},
+        resolve=f"localhost:{public_localhost.port}:127.0.0.1",
+    )
+
+    made = attempt(sender, public_localhost.url)
+
+    assert (made.status_code, made.answer, made.seconds_until_next) == (500, None, 60.0)
+    [request] = public_localhost.requests
+    assert "authorization" not in request.headers
+    assert request.headers["webhook-id"] == "job_1"
+
+
 def test_a_trusted_connection_never_serves_a_url_that_only_the_star_allows(sender_with, tls):
     with Receiver(tls=tls.server("localhost")) as receiver:
         sender = sender_with(receiver.url, policy=outbound.Policy.of("*"), ca_path=tls.ca)
@@ -757,14 +638,8 @@ def old_tls(tls):
 @pytest.mark.parametrize(
     ("context", "error"),
     [
-        case(
-            "F04 expired",
-            lambda tls: tls.server("localhost", until="20210101000000Z"),
-            "certificate has expired",
-        ),
-        case(
-            "F04 self-signed", lambda tls: tls.self_signed("localhost"), "self-signed certificate"
-        ),
+        case("F04 old", lambda tls: tls.server("localhost", until="20210101000000Z"), "expired"),
+        case("F04 self-signed", lambda tls: tls.self_signed("localhost"), "self-signed"),
         case("F04 wrong name", lambda tls: tls.server("other.example"), "localhost"),
         case("F04 TLS 1.0", old_tls, "version"),
     ],
@@ -839,28 +714,7 @@ def test_f12_retry_after_may_be_a_date(sender, receiver, seconds, expected):
     assert attempt(sender).hold_seconds == pytest.approx(expected, abs=10)
 
 
-def test_a_resend_has_the_whole_schedule_before_it(sender_with, receiver):
-    receiver.default = 500
-    sender = sender_with(receiver.url, schedule=[2.0, 10.0])
-    job = model.Job(**job_fields(None), attempts=4, resent_after=3)
-
-    made = sender.attempt(job, EVENT)
-
-    assert (made.number, made.seconds_until_next) == (5, 10.0)
-    assert receiver.requests[0].headers["webhook-attempt-max"] == "6"
-
-
-def test_no_retry_is_later_than_the_longest_wait(sender_with):
-    assert sender_with("http://a", schedule=[1.0]).longest_wait_seconds == 3600
-    assert sender_with("http://a", schedule=[86400.0, 1]).longest_wait_seconds == 86400 * 1.2
-
-
 def test_an_error_that_nobody_expected_is_a_failed_attempt(sender):
     made = attempt(sender, forwarded={"X-A": "\u20ac"})
 
     assert made.error == "UnicodeEncodeError"
-
-
-def test_a_refusal_at_start_names_the_part(sender_with):
-    with pytest.raises(errors.Refusal, match="The host"):
-        sender_with("http://" + "a" * 64 + ".example/")

@@ -3,11 +3,10 @@
 import contextlib
 import json
 import logging
-import os
+import re
 import resource
 import select
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -103,46 +102,19 @@ def process(serve):
     return serve({"/process": accept})
 
 
-def raising(exc):
-    def handler():
-        raise exc
-
-    return {"/x": handler}
-
-
 def detail(body):
     return json.loads(body)["detail"]
-
-
-def record(calls):
-    calls.append(1)
-    return {"a": 1}
 
 
 # Problems
 
 
-@pytest.mark.parametrize(
-    ("status_code", "name", "value"),
-    [(400, "Retry-After", None), (503, "Retry-After", "7"), (401, "WWW-Authenticate", "Bearer")],
-)
-def test_a_refusal_is_a_problem_document(serve, status_code, name, value):
-    seconds = 7 if status_code == 503 else None
-    exc = errors.Refusal(status_code, "Some title", "do this", retry_after_seconds=seconds)
-    service = serve(raising(exc))
-
-    code, headers, body = exchange(service, get("/x"))
-
-    assert (code, headers[name]) == (status_code, value)
-    assert headers["Content-Type"] == "application/problem+json"
-    assert json.loads(body)["status"] == status_code
-    assert detail(body) == "do this"
-    assert service.wait_for(1)[0].reason == "Some title"
-
-
 @pytest.mark.parametrize("path", ["/x", "/nowhere"])
 def test_a_refused_head_has_no_body(serve, path):
-    service = serve(raising(errors.Refusal(404, "Unknown job", "do this")))
+    def refuse():
+        raise errors.Refusal(404, "Unknown job", "do this")
+
+    service = serve({"/x": refuse})
     with connected(service) as (conn, stream):
         conn.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         head = b"".join(iter(stream.readline, b"\r\n"))
@@ -154,14 +126,17 @@ def test_a_refused_head_has_no_body(serve, path):
 
 @pytest.mark.parametrize("exc", [ValueError("secret"), RecursionError(), MemoryError()])
 def test_an_unexpected_error_is_a_500_without_a_traceback_and_logged_once(serve, caplog, exc):
-    code, _, body = exchange(serve(raising(exc)), get("/x"))
+    def handler():
+        raise exc
+
+    code, _, body = exchange(serve({"/x": handler}), get("/x"))
 
     assert (code, json.loads(body)["status"]) == (500, 500)
     assert b"secret" not in body
     assert caplog.messages == ["request failed"]
 
 
-@pytest.mark.parametrize("path", ["/page/x", "/page/..", "/page/%2e%2e%2fx"])
+@pytest.mark.parametrize("path", ["/page/x", "/page/%2e%2e%2fx"])
 def test_a_file_that_is_not_of_the_page_is_not_served(process, path):
     code, headers, body = exchange(process, get(path))
 
@@ -169,31 +144,15 @@ def test_a_file_that_is_not_of_the_page_is_not_served(process, path):
     assert headers["Content-Type"] == "application/problem+json"
 
 
-@pytest.mark.parametrize(
-    ("host", "status_code"),
-    [
-        ("LocalHost:8080", 200),
-        ("[::1]:80", 200),
-        ("jobs.example", 200),
-        ("localhost.evil.example", 403),
-        ("evil.example:127.0.0.1", 403),
-        ("user@localhost", 403),
-        ("", 403),
-    ],
-)
-def test_a_foreign_host_is_refused_where_hosts_are_checked(serve, host, status_code):
-    service = serve(allowed_hosts=frozenset({"jobs.example"}))
+@pytest.mark.parametrize("path", ["/", "/page/page.css", "/page/page.js", "/page/icon.svg"])
+def test_the_page_is_open_to_all_and_works_below_any_path_without_anything_else(serve, path):
+    code, headers, body = exchange(serve(api_tokens=("a",)), get(path))
 
-    assert exchange(service, LIVEZ.replace(b"x", host.encode(), 1))[0] == status_code
-    assert exchange(service, b"GET /livez HTTP/1.0\r\n\r\n")[0] == 200
-
-
-def test_the_page_is_served_with_its_policy(serve):
-    code, headers, body = exchange(serve(api_tokens=("a",)), get("/page/page.css"))
-
-    assert (code, headers["Content-Type"]) == (200, "text/css; charset=UTF-8")
+    assert code == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'self'")
-    assert len(body) > 100
+    for harmless in (b"http://www.w3.org/2000/svg", b"https://example.com/results", b"// "):
+        body = body.replace(harmless, b"")
+    assert not re.search(rb"//|[\"'`(]/\w", body)  # no other host, and no path from the root
 
 
 # Framing
@@ -215,15 +174,6 @@ def test_what_the_server_itself_refuses_has_a_reason(process, sent, reason):
 
 def test_a_caller_that_has_finished_sending_gets_its_answer(process):
     assert exchange(process, post(), finish=True)[0] == 200
-
-
-def test_pipelined_requests_are_answered_in_order(serve):
-    counted = iter(range(100))
-    handlers = {path: lambda: {"n": next(counted)} for path in ("/process", "/x")}
-    with connected(serve(handlers)) as (conn, stream):
-        conn.sendall((post() + get("/x")) * 20)
-
-        assert [json.loads(answer(stream)[2])["n"] for _ in range(40)] == list(range(40))
 
 
 def test_a_100_comes_before_the_body_and_not_before_a_413(process):
@@ -320,31 +270,26 @@ def gone(service):
 
 
 def named():
-    names = {"checks": threading.current_thread().name}
-
-    def write():
-        return json_answer(names | {"stores": threading.current_thread().name})
-
-    bottle.request.environ["postback.write"] = write
+    """Answer by which threads a request is checked and stored."""
+    checks = threading.current_thread().name
+    bottle.request.environ["postback.write"] = lambda: json_answer(
+        {"checks": checks, "stores": threading.current_thread().name}
+    )
 
 
 @pytest.mark.parametrize(
     ("sent", "in_loop"),
     [
-        (post(), True),
         (post(path="/postprocessed"), True),
         (LIVEZ, True),
         (post(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * 100), True),
         (post(b"x" * (server.SHORT_BYTES + 1)), False),
         (chunked(b"x" * server.SHORT_BYTES), False),
-        (get("/process"), False),
         (post(path="/x"), False),
     ],
 )
-def test_the_loop_checks_what_is_short_and_threads_the_rest_and_the_loop_stores_all(
-    serve, sent, in_loop
-):
+def test_the_loop_checks_what_is_short_and_stores_everything(serve, sent, in_loop):
     service = serve(dict.fromkeys(("/process", "/postprocessed", "/livez", "/x"), named))
 
     names = json.loads(exchange(service, sent)[2])
@@ -417,9 +362,7 @@ def test_a_turn_that_cannot_begin_is_a_503(process):
     assert [exchange(process, sent)[0] for sent in (post(), LIVEZ)] == [503, 200]
 
 
-def test_a_request_that_the_server_cannot_handle_is_answered_and_so_are_those_of_its_turn(
-    process, monkeypatch, caplog
-):
+def test_a_request_that_cannot_be_handled_fails_no_other(process, monkeypatch, caplog):
     problems, prepare = [MemoryError], server._Task.get_environment
 
     def prepare_or_fail(task):
@@ -460,7 +403,7 @@ def test_what_is_to_be_done_after_the_answer_is_done_then(serve, caplog, path):
         assert answer(stream)[0] == 200
 
     assert order == [True]
-    assert caplog.messages == ["answer not followed up"]
+    assert caplog.messages.count("answer not followed up") == 1
 
 
 def test_an_answer_is_told_with_its_facts(serve):
@@ -493,15 +436,13 @@ def impatient(monkeypatch):
 def test_slow_readers_of_large_answers_hold_up_nobody(serve):
     service = serve({"/x": lambda: b"x" * 24_000_000, "/y": lambda: b"y"})
     with contextlib.ExitStack() as stack:
-        for _ in range(6):
-            stack.enter_context(connected(service))[0].sendall(get("/x"))
+        ends = [stack.enter_context(connected(service)) for _ in range(6)]
+        for conn, _ in ends:
+            conn.sendall(get("/x"))
         service.wait_for(6)
 
         assert exchange(service, get("/y"))[0] == 200
-
-
-def test_a_large_answer_is_sent_whole(serve):
-    assert len(exchange(serve({"/x": lambda: b"x" * 24_000_000}), get("/x"))[2]) == 24_000_000
+        assert len(answer(ends[0][1])[2]) == 24_000_000
 
 
 def test_an_answer_that_finds_no_room_on_the_disk_is_cut_off(serve, monkeypatch):
@@ -550,29 +491,15 @@ def test_a_connection_that_was_silent_is_still_served(serve, monkeypatch, has_ep
 # The socket
 
 
-def test_it_waits_for_a_free_descriptor_and_raises_their_limit(serve, caplog):
+def test_it_raises_the_limit_of_descriptors(serve):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    service = serve()
-    raised = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    with connected(service) as (conn, stream):
-        assert exchange(service, LIVEZ)[0] == 200
-        with socket.socket() as late:
-            with os.fdopen(os.dup(0)) as lowest:
-                free = lowest.fileno()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-            late.connect(conn.getpeername())
-            conn.sendall(LIVEZ)
-            assert answer(stream)[0] == 200
-            assert not select.select([late], [], [], 0.1)[0]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            late.settimeout(5)
-            late.sendall(LIVEZ)
 
-            assert late.recv(12) == b"HTTP/1.1 200"
+    serve()
+
+    raised = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert raised == min(2 * server.CONNECTIONS, hard)
-    assert set(caplog.messages) == {"connection not accepted"}
-    assert len(caplog.messages) < 5
 
 
 def test_more_connections_than_allowed_wait(serve, monkeypatch, caplog):
@@ -589,14 +516,6 @@ def test_more_connections_than_allowed_wait(serve, monkeypatch, caplog):
 
             assert answer(stream)[0] == 200
     assert "connection not accepted" in caplog.messages
-
-
-def test_an_address_that_is_taken_is_refused_in_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-
-        with pytest.raises(errors.ConfigError, match=f"PORT={port}: cannot listen there"):
-            Server(host="127.0.0.1", port=port, max_body_bytes=MAX_BODY)
 
 
 @pytest.mark.parametrize(

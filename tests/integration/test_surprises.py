@@ -7,13 +7,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pytest
-import requests
 
+import app
 from jobs import executor, runner
 from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
@@ -21,7 +20,7 @@ from jobs.journal import Journal
 from jobs.model import Again
 from jobs.runner import Runner
 from tests.conftest import ACT
-from tests.harness import ROOT, Caller, act, environment, events, free_port, poll, refusal
+from tests.harness import ROOT, act, environment, events, failing, poll, refusal
 from tests.integration.test_executor import SHARED, Call
 
 
@@ -45,33 +44,23 @@ def start_hasty(start, receiver, monkeypatch):
 
 
 @pytest.fixture
-def start_twice(start_hasty, receiver, monkeypatch):
+def start_twice(start_hasty, receiver, monkeypatch, caplog):
     """Return `start_hasty`, with one place, for an analysis and an attempt that fail at first."""
     monkeypatch.setattr(runner, "PRUNE_SECONDS", 0.05)  # a due attempt that was missed is found
     receiver.answers = [500]
+    caplog.set_level("DEBUG", logger="postback")  # every line is written
     return partial(start_hasty, MAX_RUNNING="1", ANALYSIS_SCHEDULE="50ms")
-
-
-@pytest.fixture
-def fail_once(fail):
-    """Return a function that has a method of the journal fail at its next call that matters."""
-
-    def fail_once(name, *, matters=lambda _: True):
-        options = {"matters": lambda one, *_: matters(one), "problem": JournalError("a fault")}
-        return fail(Journal, name, **options)
-
-    return fail_once
 
 
 @pytest.fixture
 def fail(monkeypatch):
     """Return a function that has a method fail at its next `times` calls that matter."""
 
-    def fail(owner, name, *, times=1, matters=lambda *_: True, problem=MemoryError):
+    def fail(owner, name, *, times=1, matters=lambda *_, **__: True, problem=MemoryError):
         original, failures, has_failed = getattr(owner, name), [problem] * times, threading.Event()
 
         def method(*arguments, **options):
-            if failures and matters(*arguments):
+            if failures and matters(*arguments, **options):
                 problem = failures.pop()
                 if not failures:
                     has_failed.set()
@@ -127,48 +116,16 @@ def own(tmp_path, monkeypatch):
     return write
 
 
-@pytest.fixture
-def run():
-    """Return a function that starts `app.py` and does not wait until it answers."""
-    started = []
+def test_a_cancel_just_before_the_start_is_final(start_hasty, receiver, monkeypatch, tmp_path):
+    service, run = start_hasty(EXECUTOR="process", WORKERS="1"), WorkerExecutor.run
+    canceled: list[int] = []
 
-    def run(**options):
-        started.append(subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, **options))
-        return started[-1]
-
-    yield run
-
-    for one in started:
-        one.kill()
-        one.wait()
-
-
-# A cancel
-
-
-def do_before(monkeypatch, owner, name, do):
-    """Call `do` before each call of a method."""
-    original = getattr(owner, name)
-
-    def late(*arguments, **options):
-        do()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, late)
-
-
-def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_result(
-    start_hasty, receiver, monkeypatch, tmp_path
-):
-    service = start_hasty(EXECUTOR="process", WORKERS="1")
-    canceled: list[str] = []
-
-    def cancel():
+    def cancel_first(one, job, *arguments, **options):
         if not canceled:
-            canceled.extend(job["id"] for job in service.get("/jobs?state=running").json()["jobs"])
-            assert service.post(f"/jobs/{canceled[0]}/cancel").status_code == 200
+            canceled.append(service.post(f"/jobs/{job.id}/cancel").status_code)
+        return run(one, job, *arguments, **options)
 
-    do_before(monkeypatch, WorkerExecutor, "run", cancel)
+    monkeypatch.setattr(WorkerExecutor, "run", cancel_first)
     hung = service.send(act("hang", str(tmp_path / "hung")))
     other = service.send(1)
 
@@ -176,6 +133,7 @@ def test_a_cancel_just_before_the_analysis_starts_frees_the_worker_and_posts_no_
     assert service.wait_for(hung)["outcome"] == "canceled"
     posted = {event["data"]["id"]: event["data"]["outcome"] for event in events(receiver.requests)}
     assert posted == {hung: "canceled", other: "succeeded"}
+    assert canceled == [200]
 
 
 def test_a_cancel_that_cannot_be_committed_is_refused_and_the_job_goes_on(
@@ -197,19 +155,22 @@ def test_a_cancel_that_cannot_be_committed_is_refused_and_the_job_goes_on(
 # A journal that fails once
 
 
-def test_a_time_out_whose_write_fails_once_is_written_again(start_hasty, fail_once, tmp_path):
-    service, has_failed = start_hasty(JOB_TIMEOUT="100ms"), fail_once("end")
+def test_a_time_out_is_declared_as_soon_as_the_journal_takes_it(start_hasty, gate):
+    service = start_hasty(JOB_TIMEOUT="300ms")
+    job_id = service.send(gate.data)
+    gate.wait_for(1)
 
-    job_id = service.send(act("hang", str(tmp_path / "hung")))
+    with failing(service.journal):
+        poll(lambda: service.journal.failure, "a time-out that is refused")
 
     assert service.wait_for(job_id)["outcome"] == "timed_out"
-    assert has_failed.is_set()
 
 
 @pytest.mark.parametrize("name", ["earliest_attempts", "claim_due"])
-def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, fail_once, name):
+def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, fail, name):
     find = Journal.earliest_attempts
-    has_failed = fail_once(name, matters=find)  # when there is an attempt to be found
+    options = {"problem": JournalError("a fault"), "matters": lambda one, *_, **__: find(one)}
+    has_failed = fail(Journal, name, **options)  # when there is an attempt to be found
     receiver.answers = [500]
     service = start_hasty()
 
@@ -217,6 +178,15 @@ def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, f
 
     assert service.wait_for(job_id)["attempts_made"] == 2
     assert has_failed.is_set()
+
+
+@pytest.mark.parametrize(("name", "line"), [("claim", "runner failed"), ("record", "write failed")])
+def test_g27_what_nobody_expected_is_logged_once(start_hasty, fail, caplog, name, line):
+    service = start_hasty()
+    fail(Journal, name, problem=ValueError("unexpected"))
+
+    assert service.wait_for(service.send(1))["state"] == "delivered"
+    poll(lambda: line in caplog.messages, "a line in the log")
 
 
 def test_jobs_whose_commit_failed_do_not_fill_the_queue(start_hasty, gate, monkeypatch):
@@ -233,9 +203,7 @@ def test_jobs_whose_commit_failed_do_not_fill_the_queue(start_hasty, gate, monke
     poll(lambda: service.post("/process", json={"data": 1}).ok, "an accepted job")
 
 
-def test_a_large_event_that_the_journal_refuses_takes_one_place_and_no_other_job_waits(
-    start_hasty, monkeypatch
-):
+def test_a_large_event_that_is_refused_holds_up_no_other_job(start_hasty, monkeypatch):
     monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that only this test has it retried
     service = start_hasty(MAX_RUNNING="2")
     service.wait_for(service.send(1))
@@ -272,26 +240,21 @@ def test_a_metric_that_fails_after_a_commit_refuses_nothing(start_hasty, fail):
     assert has_failed.is_set()
 
 
-def test_a_log_line_that_fails_after_a_commit_refuses_nothing(start_hasty, fail, monkeypatch):
-    monkeypatch.setattr(runner, "TICK_SECONDS", 3600.0)  # so that the request is the next to commit
-    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=FullDisk))
-    service = start_hasty()
-    has_failed = fail(logging.Logger, "warning", matters=lambda *given: "recovered" in given[1])
-
-    monkeypatch.setattr(FullDisk, "is_full", True)
-    assert refusal(service.post("/process", json={"data": 1}), 503)
-    monkeypatch.setattr(FullDisk, "is_full", False)
-
-    assert service.wait_for(service.send(1))["state"] == "delivered"
-    assert has_failed.is_set()
-
-
 @pytest.mark.parametrize(
-    ("name", "times"), [("retried", 1), ("ended_analysis", 2), ("attempted", 3)]
+    ("place", "name", "times"),
+    [
+        *(("metric", "retried", 1), ("metric", "ended_analysis", 2), ("metric", "attempted", 3)),
+        *(("line", "analysis to run again", 1), ("line", "analysis ended", 1)),
+        *(("line", "attempt failed", 1), ("line", "job %s", 1)),
+    ],
 )
-def test_a_metric_that_fails_after_a_write_keeps_no_place(start_twice, fail, name, times):
+def test_what_fails_after_a_write_keeps_no_place(start_twice, fail, place, name, times):
     service = start_twice()
-    has_failed = fail(service.service.metrics, name, times=times)
+    failing = {
+        "metric": lambda: fail(service.service.metrics, name, times=times),
+        "line": lambda: fail(logging.Logger, "_log", matters=lambda *one, **_: one[2] == name),
+    }
+    has_failed = failing[place]()
 
     jobs = service.wait_for_all([service.send(act("fail_at_first", 1)), service.send(1)])
 
@@ -300,22 +263,7 @@ def test_a_metric_that_fails_after_a_write_keeps_no_place(start_twice, fail, nam
     poll(lambda: not service.service.runner._runs, "all places free")
 
 
-@pytest.mark.parametrize(
-    "text", ["analysis to run again", "analysis ended", "attempt failed", "job %s"]
-)
-def test_a_log_line_that_fails_after_a_write_keeps_no_place(start_twice, fail, caplog, text):
-    caplog.set_level("DEBUG", logger="postback")
-    service = start_twice()
-    has_failed = fail(logging.Logger, "_log", matters=lambda *given: given[2] == text)
-
-    jobs = service.wait_for_all([service.send(act("fail_at_first", 1)), service.send(1)])
-
-    assert [(job["state"], job["starts"]) for job in jobs] == [("delivered", 2), ("delivered", 1)]
-    assert has_failed.wait(10)
-    poll(lambda: not service.service.runner._runs, "all places free")
-
-
-# No thread, no memory
+# No thread, no memory, no worker, no time
 
 
 def test_a_cancel_that_is_not_counted_still_frees_the_worker(start_hasty, fail):
@@ -331,17 +279,6 @@ def test_a_cancel_that_is_not_counted_still_frees_the_worker(start_hasty, fail):
     assert service.wait_for(running)["outcome"] == "canceled"
 
 
-def test_an_attempt_that_is_not_counted_is_followed_by_the_next_in_time(
-    start_hasty, receiver, fail
-):
-    receiver.answers = [500]
-    service = start_hasty(POSTBACK_SCHEDULE="50ms")
-    has_failed = fail(service.service.metrics, "attempted")
-
-    assert service.wait_for(service.send(1))["state"] == "delivered"
-    assert has_failed.is_set()
-
-
 def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start_hasty, fail):
     service, has_failed = start_hasty(MAX_RUNNING="1"), fail(Runner, "_prepare", times=2)
 
@@ -353,9 +290,7 @@ def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start
 
 
 @pytest.mark.parametrize(("name", "times"), [("run_again", 2), ("end", 4), ("put_off", 2)])
-def test_a_small_write_that_finds_no_memory_is_tried_again(
-    start_twice, receiver, fail, name, times
-):
+def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail, name, times):
     """Each try fails twice: with others, and alone."""
     service, has_failed = start_twice(), fail(Journal, name, times=times)
     is_second = partial(is_thread_of_attempt, service)
@@ -384,47 +319,28 @@ def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-@pytest.mark.parametrize("problem", [MemoryError, RuntimeError])
-def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, monkeypatch, problem):
-    service, start = start_hasty(), threading.Thread.start
-    refused: list[str] = []
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("start", MemoryError), ("start", RuntimeError), ("__init__", MemoryError)],
+)
+def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, fail, name, problem):
+    service = start_hasty(MAX_RUNNING="1")
+    has_failed = fail(threading.Thread, name, matters=is_for_a_job, problem=problem)
 
-    def limited(thread):
-        if len(thread.name) == 32 and not refused:
-            refused.append(thread.name)
-            raise problem
-        start(thread)
+    job = service.wait_for(service.send(1))
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    job_id = service.send(1)
-
-    job = service.wait_for(job_id)
-    assert refused == [job_id]
+    assert has_failed.is_set()
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-def test_a_job_for_whose_thread_there_is_no_memory_runs_later(start_hasty, monkeypatch):
-    service, create = start_hasty(MAX_RUNNING="1"), threading.Thread.__init__
-    refused: list[str] = []
-
-    def limited(thread, *arguments, **options):
-        if len(options.get("name") or "") == 32 and not refused:
-            refused.append(options["name"])
-            raise MemoryError
-        create(thread, *arguments, **options)
-
-    monkeypatch.setattr(threading.Thread, "__init__", limited)
-    job_id = service.send(1)
-
-    job = service.wait_for(job_id)
-    assert refused == [job_id]
-    assert (job["outcome"], job["starts"]) == ("succeeded", 1)
+def is_for_a_job(thread, *arguments, **options):
+    """Return whether a thread that starts, or is made, has the name of a job."""
+    name: Any = options.get("name") or getattr(thread, "_name", "")
+    return len(name) == 32
 
 
 @pytest.mark.parametrize("workers", [None, 1])
-def test_jobs_run_behind_a_hung_one_though_no_thread_can_start_for_a_worker(
-    start_executor, no_threads, tmp_path, workers
-):
+def test_without_a_thread_for_a_worker_jobs_run(start_executor, no_threads, tmp_path, workers):
     one = start_executor(workers)
     hung = Call(one, "hang", str(tmp_path / "hung"))
     poll(lambda: list(tmp_path.glob("hung.*")), "a job that hangs")
@@ -446,12 +362,7 @@ def test_a_job_alone_for_whose_worker_no_thread_can_start_runs_later(start_execu
     assert Call(one, "echo", 1, **SHARED).result() == 1
 
 
-# Workers that are of no use
-
-
-def test_a_worker_that_ends_at_once_is_not_started_again_at_once(
-    start_executor, own, tmp_path, monkeypatch
-):
+def test_a_short_lived_worker_is_not_replaced_at_once(start_executor, own, tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "RETRY_SECONDS", 3600.0)
     source = f"import os; open(f'{tmp_path}/{{os.getpid()}}.pid', 'w').close(); run = print"
     short_lived = start_executor(analysis=own(source))
@@ -466,42 +377,25 @@ def test_a_worker_that_ends_at_once_is_not_started_again_at_once(
     assert list(tmp_path.glob("*.pid")) == [mark]
 
 
-# The process
-
-
 @pytest.mark.service
-def test_with_outputs_that_nobody_reads_it_starts_works_and_ends_in_order(run, own):
-    settings = {"JOURNAL": os.environ["JOURNAL"], "PORT": str(free_port()), "LOG_LEVEL": "debug"}
-    settings["ANALYSIS"] = own("def run(data): print(data); return data")
-    service = Caller(f"http://127.0.0.1:{settings['PORT']}")
-    reader, writer = os.pipe()
-    os.close(reader)
-
-    child = run(env=environment(settings), stdout=writer, stderr=writer)
-    os.close(writer)
-    poll(partial(is_ready, service), "the service")
-
-    assert service.wait_for(service.send(1))["outcome"] == "succeeded"
-    service.close()
-    child.terminate()
-    assert child.wait(20) == 0
-
-
-def is_ready(service):
-    with suppress(requests.ConnectionError):
-        return service.get("/readyz").ok
-    return False
-
-
-@pytest.mark.service
-def test_a_stop_while_the_analysis_loads_ends_in_order_and_does_not_wait_for_it(run, own, tmp_path):
+def test_a_stop_while_the_analysis_loads_ends_in_order_and_does_not_wait_for_it(own, tmp_path):
     analysis = own(f"import threading\nopen('{tmp_path}/loads', 'w')\nthreading.Event().wait()")
-    settings = {"JOURNAL": os.environ["JOURNAL"], "ANALYSIS": analysis}
-    child = run(env=environment(settings), stderr=subprocess.PIPE, text=True)
-    poll(Path(tmp_path / "loads").exists, "an analysis that loads")
+    env = environment({"JOURNAL": os.environ["JOURNAL"], "ANALYSIS": analysis})
 
-    child.terminate()
+    command = [sys.executable, "app.py"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as child:
+        poll((tmp_path / "loads").exists, "an analysis that loads")
+        child.terminate()
+        _, told = child.communicate(timeout=20)
 
-    _, told = child.communicate(timeout=20)
     assert child.returncode == 0
     assert "ANALYSIS=" not in told
+
+
+def test_a_stop_does_not_wait_for_a_journal_that_fails(start_hasty, gate):
+    service = start_hasty(DRAIN="100ms")
+    service.send(gate.data)
+    gate.wait_for(1)
+
+    with failing(service.journal):
+        assert service.service.stop() == app.EXIT_LOST

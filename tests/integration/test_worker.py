@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from jobs import worker
-from tests.harness import ROOT, poll
+from tests.harness import ROOT
 
 
 def echo(data, job):
@@ -118,9 +118,7 @@ def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):
     ("answer", "frame"),
     [(b"", (worker.RESULT, b"7")), (b"disk full", (worker.ERROR, b'"message": "disk full"'))],
 )
-def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
-    connect, answer, frame
-):
+def test_progress_returns_once_the_value_is_kept_or_raises(connect, answer, frame):
     connection = connect(report)
     assert exactly(connection, 1) == worker.START
     assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter", null]')
@@ -131,43 +129,6 @@ def test_progress_returns_when_the_service_has_kept_the_value_or_says_why_not(
     kind, payload = read(connection)
     assert kind == frame[0]
     assert frame[1] in payload
-
-
-def test_keeping_fails_when_the_service_has_hung_up(connect):
-    raised = []
-
-    def keep(data, job):
-        try:
-            job.progress(0.5, keep=data)
-        except RuntimeError as exc:
-            raised.append(str(exc))
-
-    connection = connect(keep)
-    assert exactly(connection, 1) == worker.START
-    read(connection)
-
-    connection.shutdown(socket.SHUT_RDWR)
-
-    poll(lambda: raised, "the error")
-    assert raised == ["The job has ended, so nothing can be kept."]
-
-
-def test_a_service_that_hangs_up_before_the_payload_is_passed_over(connect):
-    connection = connect(echo, sent=False)
-
-    connection.shutdown(socket.SHUT_WR)
-
-    assert exactly(connection, 10) == worker.START
-
-
-def test_without_a_thread_the_connection_is_closed_before_it_begins(connect, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(_thread, "start_new_thread", refuse)
-    connection = connect(echo, sent=False)
-
-    assert exactly(connection, 1) == b""
 
 
 # ./run analyze

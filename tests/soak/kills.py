@@ -7,7 +7,6 @@ what came. The first broken promise ends the run with exit code 1. At the end th
 alone until everything promised has come.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -15,17 +14,22 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import requests
 
 from jobs import model
-from tests.harness import ROOT, environment, executed
+from tests.harness import ROOT, Caller, RealProcess, environment, executed, poll
+from tests.receiver import Receiver, Recorded
 
 #: Connections that send jobs, each the next as soon as the last is answered.
 CALLERS = 12
@@ -43,16 +47,11 @@ WHILE_STARTING = 15
 PATIENCE_SECONDS = 60.0
 
 SETTINGS = {
-    "ANALYSIS": "tests.faults.misbehaving:work",
+    "ANALYSIS": "tests.misbehaving:work",
     "POSTBACK_SCHEDULE": " ".join(["200ms"] * 20),
     "RETENTION": "20s",  # pruning goes on beside all this
     "LOG_LEVEL": "error",
 }
-
-_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
-_ID = re.compile(rb"\r\nwebhook-id: *([0-9a-f]+)", re.IGNORECASE)
-
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass
@@ -156,189 +155,140 @@ class Soak:
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.ledger = Ledger()
+        self._lock = threading.Lock()  # held by who reads or writes the ledger
         self._chance = random.Random(seed)  # of the kills alone, so that the seed repeats them
         self._luck = random.Random(seed + 1)  # of the receiver
-        self._journal, self._log = directory / "journal.db", directory / "log"
+        self._journal = directory / "journal.db"
         self._numbers = itertools.count(1)
-        self._port = 0
-        self._up = asyncio.Event()
+        self._up, self._over = threading.Event(), threading.Event()
+        self._receiver = Receiver(default=self._answer)
 
-    async def run(self, seconds: float, kills: int) -> None:
+    def run(self, seconds: float, kills: int) -> None:
         """Kill and start for so long, and at least so often; then wait for what was promised."""
-        server = await self._listen()
-        callers = [asyncio.create_task(self._call()) for _ in range(CALLERS)]
         deadline = time.monotonic() + seconds
-        try:
-            while time.monotonic() < deadline or self.ledger.counts["kills"] < kills:
-                await self._live()
-                if self.ledger.violation:
-                    return
-            for caller in callers:
-                caller.cancel()
-            await self._leave_alone()
-        finally:
-            await self._end(signal.SIGKILL)
-            server.close()
+        with self._receiver, ThreadPoolExecutor(CALLERS) as callers:
+            calls = [callers.submit(self._call) for _ in range(CALLERS)]
+            try:
+                while time.monotonic() < deadline or self.ledger.counts["kills"] < kills:
+                    self._live()
+                    if self.ledger.violation:
+                        return
+            finally:
+                self._over.set()
+                self._up.set()
+            for call in calls:
+                call.result()
+            self._leave_alone()
 
-    async def _live(self) -> None:
+    def _live(self) -> None:
         """Start the service, kill some of its workers, and then itself, at some moments."""
-        await self._start(**executed(self._chance.choice(("thread", "process")), workers=2))
+        env = self._environment(**executed(self._chance.choice(("thread", "process")), workers=2))
         if self._chance.randrange(100) < WHILE_STARTING:
-            await asyncio.sleep(self._chance.uniform(0.0, 0.8))
+            command = [sys.executable, "app.py"]
+            with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as one:
+                self._over.wait(self._chance.uniform(0.0, 0.8))
+                self._demand(one.poll() is None, f"the service ended with {one.poll()}")
+                one.kill()
             self.ledger.counts["kills_while_starting"] += 1
         else:
-            await self._ready()
+            self._start(env)
             for _ in range(self._chance.randrange(3)):
-                await asyncio.sleep(self._chance.uniform(0.05, 0.8))
+                self._over.wait(self._chance.uniform(0.05, 0.8))
                 self._kill_a_worker()
-            await asyncio.sleep(self._chance.uniform(0.05, 1.2))
+            self._over.wait(self._chance.uniform(0.05, 1.2))
             self._measure()
-        code, log = self._process.returncode, self._log.read_text()[-2000:]
-        self.ledger.demand(code is None, f"the service ended with {code}: {log}")
+            code, log = self._service.process_.poll(), self._service.log()
+            self._demand(code is None, f"the service ended with {code}: {log[-2000:]}")
+            self._up.clear()
+            self._service.kill()
         self.ledger.counts["kills"] += 1
-        await self._end(signal.SIGKILL)
 
-    async def _leave_alone(self) -> None:
+    def _leave_alone(self) -> None:
         """Start the service a last time, and let it deliver all."""
-        await self._start()
-        await self._ready()
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while await self._has_unfinished() and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
-        for job_id in sorted(self.ledger.waiting):
-            status, job = await self._ask(f"/jobs/{job_id}")
-            is_kept = job.get("state") == "undelivered"
-            self.ledger.counts["undelivered"] += is_kept
-            self.ledger.demand(is_kept, f"{job_id} is lost: {status} {job.get('state')}")
-        code = await self._end(signal.SIGTERM)
-        self.ledger.demand(code == 0, f"the last process exited with {code}")
+        self._start(self._environment())
+        try:
+            poll(self._has_ended, "the end of all jobs", PATIENCE_SECONDS)
+            for job_id in sorted(self.ledger.waiting):
+                answer = self._service.get(f"/jobs/{job_id}")
+                is_kept = answer.json().get("state") == "undelivered"
+                self.ledger.counts["undelivered"] += is_kept
+                self._demand(is_kept, f"{job_id} is lost: {answer.text[:200]}")
+            code = self._service.end(timeout=PATIENCE_SECONDS)
+            self._demand(code == 0, f"the last process exited with {code}")
+        finally:
+            self._service.process_.kill()
 
-    async def _has_unfinished(self) -> bool:
-        """Whether a job has not ended yet, also one whose answer never came."""
+    def _has_ended(self) -> bool:
+        """Whether all jobs have ended, also those whose answer never came."""
         states = ("accepted", "running", "delivering")
-        pages = [await self._ask(f"/jobs?limit=1&state={state}") for state in states]
-        return any(page["jobs"] for _, page in pages) and not self.ledger.violation
+        left = any(self._service.ids(f"?limit=1&state={state}") for state in states)
+        return not left or bool(self.ledger.violation)
 
     # The process
 
-    async def _start(self, **settings: str) -> None:
-        more = {"JOURNAL": str(self._journal), "POSTBACK_URL": self._url, **settings}
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "app.py"),
-                cwd=ROOT,
-                env=environment({**self.settings, **more}),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-            )
+    def _environment(self, **settings: str) -> dict[str, str]:
+        more = {"JOURNAL": str(self._journal), "POSTBACK_URL": self._receiver.url, **settings}
+        return environment({**self.settings, **more})
 
-    async def _ready(self) -> None:
-        owed = set(self.ledger.waiting)
-        assert self._process.stdout
-        line = await asyncio.wait_for(self._process.stdout.readline(), PATIENCE_SECONDS)
-        if b"listens on" not in line:
-            raise AssertionError(f"the service did not start: {self._log.read_text()[-2000:]}")
-        self._port = int(line.rsplit(b":", 1)[1])
-        self.ledger.owed, self.ledger.ready_at = owed, time.monotonic()
+    def _start(self, env: Mapping[str, str]) -> None:
+        with self._lock:
+            owed = set(self.ledger.waiting)
+        self._service = RealProcess(env)
+        with self._lock:
+            self.ledger.owed, self.ledger.ready_at = owed, time.monotonic()
         self._up.set()
 
     def _kill_a_worker(self) -> None:
-        workers = []
-        for path in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # the thread has ended
-                workers += sorted(map(int, path.read_text().split()))
-        if workers:
-            self.ledger.counts["worker_kills"] += 1
-            self.ledger.owed = set()  # how soon it comes depends on the next worker now
+        if workers := sorted(self._service.workers()):
+            with self._lock:
+                self.ledger.counts["worker_kills"] += 1
+                self.ledger.owed = set()  # how soon it comes depends on the next worker now
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._chance.choice(workers), signal.SIGKILL)
-
-    async def _end(self, number: signal.Signals) -> int:
-        self._up.clear()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
-        return await asyncio.wait_for(self._process.wait(), PATIENCE_SECONDS)
 
     def _measure(self) -> None:
         """Keep the largest figures that any process came to."""
         with contextlib.suppress(OSError):  # it has ended
-            rss_mib, threads, fds = usage(self._process.pid)
+            rss_mib, threads, fds = usage(self._service.pid)
             wal_mib = Path(f"{self._journal}-wal").stat().st_size // 1024**2
             self.ledger.keep_largest(rss_mib=rss_mib, threads=threads, fds=fds, wal_mib=wal_mib)
 
-    # Callers
+    def _demand(self, holds: bool, violation: str) -> None:  # noqa: FBT001 - reads like assert
+        with self._lock:
+            self.ledger.demand(holds, violation)
 
-    async def _call(self) -> None:
+    # Callers and the receiver
+
+    def _call(self) -> None:
         """Send one job after the other, on a new connection whenever one breaks."""
-        while True:
-            await self._up.wait()
-            with contextlib.suppress(OSError, EOFError):
-                connection = await self._connect()
-                with contextlib.closing(connection[1]):
-                    while len(self.ledger.waiting) < MAX_WAITING:
-                        number = next(self._numbers)
-                        await self._send(connection, number, b'{"data": %d}' % number)
-            await asyncio.sleep(0.005)
+        while not self._over.is_set():
+            self._up.wait()
+            caller = Caller(self._service.base_url)
+            with contextlib.closing(caller), contextlib.suppress(requests.RequestException):
+                while len(self.ledger.waiting) < MAX_WAITING and not self._over.is_set():
+                    self._send(caller, next(self._numbers))
+            self._over.wait(0.005)
 
-    async def _send(self, connection: Connection, number: float, body: bytes) -> int:
+    def _send(self, caller: Caller, number: float) -> int:
         """Send a job, and return the status of the answer."""
-        self.ledger.sent.add(number)
-        status, answer = await self._request(connection, "POST", "/process", body)
-        if status == 200:
-            self.ledger.promise(answer["id"], number)
-        self.ledger.demand(status in (200, 503), f"a valid payload was answered {status}")
-        return status
+        with self._lock:
+            self.ledger.sent.add(number)
+        answer = caller.post("/process", json={"data": number})
+        with self._lock:
+            if answer.status_code == 200:
+                self.ledger.promise(answer.json()["id"], number)
+            is_right = answer.status_code in (200, 503)
+            self.ledger.demand(is_right, f"a valid payload was answered {answer.status_code}")
+        return answer.status_code
 
-    async def _ask(self, path: str) -> tuple[int, Any]:
-        connection = await self._connect()
-        with contextlib.closing(connection[1]):
-            return await self._request(connection, "GET", path, b"")
-
-    async def _connect(self) -> Connection:
-        return await asyncio.open_connection("127.0.0.1", self._port)
-
-    async def _request(
-        self, connection: Connection, method: str, path: str, body: bytes
-    ) -> tuple[int, Any]:
-        reader, writer = connection
-        head = (
-            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        answered, found = await _read(reader)
-        return int(answered.split()[1]), json.loads(found)
-
-    # The receiver
-
-    async def _listen(self) -> asyncio.Server:
-        """Listen for postbacks."""
-        server = await asyncio.start_server(self._receive, "127.0.0.1", 0, backlog=1024)
-        self._url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        return server
-
-    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Note each postback, and answer then."""
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                head, body = await _read(reader)
-                luck = self._luck.randrange(100)
-                status = (
-                    500 if luck < self.failing else 0 if luck < self.failing + self.cut else 200
-                )
-                (job_id,) = _ID.findall(head)
-                self.ledger.receive(job_id.decode(), body, answer=status)
-                if not status:
-                    break
-                writer.write(b"HTTP/1.1 %d Noted\r\nContent-Length: 0\r\n\r\n" % status)
-        writer.transport.abort()
-
-
-async def _read(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Return the head and the body of a request or an answer."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = _LENGTH.search(head)
-    return head, await reader.readexactly(int(length[1]) if length else 0)
+    def _answer(self, _: object, request: Recorded) -> int | None:
+        """Note a postback, and answer it then, or cut the connection."""
+        with self._lock:
+            self._receiver.requests.clear()
+            luck = self._luck.randrange(100)
+            status = 500 if luck < self.failing else 0 if luck < self.failing + self.cut else 200
+            self.ledger.receive(request.headers["webhook-id"], request.body, answer=status)
+        return status or None
 
 
 def usage(pid: int) -> tuple[int, int, int]:
@@ -356,14 +306,10 @@ def usage(pid: int) -> tuple[int, int, int]:
 
 def soak(seconds: float, seed: int, *, kills: int = 0) -> Ledger:
     """Run for so long, and for at least so many kills; return the ledger."""
-
-    async def run(directory: str) -> Ledger:
-        one = Soak(Path(directory), seed)
-        await one.run(seconds, kills)
-        return one.ledger
-
     with tempfile.TemporaryDirectory(prefix="postback-soak-") as directory:
-        return asyncio.run(run(directory))
+        one = Soak(Path(directory), seed)
+        one.run(seconds, kills)
+    return one.ledger
 
 
 def main(arguments: list[str]) -> int:

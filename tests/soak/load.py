@@ -4,16 +4,16 @@ Each prints one line of counts, and a broken promise ends the run with exit code
 each job is delivered once, and no answer is other than 200 or 503.
 """
 
-import asyncio
 import contextlib
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.harness import Caller, poll
 from tests.soak.kills import SETTINGS, Soak
 
 #: Seconds for all jobs to end after the last was accepted.
@@ -61,19 +61,20 @@ class Load(Soak):
         self.settings = {**SETTINGS, **more, **case.settings}
         self._answer_seconds: list[float] = []
 
-    async def load(self) -> str:
+    def load(self) -> str:
         """Send all, wait for all, and return one line."""
-        server = await self._listen()
-        began = time.monotonic()
-        try:
-            await self._start()
-            await self._ready()
-            await asyncio.gather(*map(self._send_share, range(self._case.callers)))
+        with self._receiver:
+            self._start(self._environment())
+            began = time.monotonic()
+            with ThreadPoolExecutor(self._case.callers) as callers:
+                list(callers.map(self._send_share, range(self._case.callers)))
             accepted_seconds = time.monotonic() - began
-            await self._leave_alone()
-        finally:
-            await self._end(signal.SIGKILL)
-            server.close()
+            try:
+                poll(self._is_over, "all delivered", PATIENCE_SECONDS)
+            finally:
+                self._service.kill()
+        repeats = 0 if self.failing or self.cut else self.ledger.counts["repeats"]
+        self._demand(not repeats, f"{repeats} jobs were delivered twice without a fault")
         answers = sorted(self._answer_seconds)
         p99, slowest = answers[len(answers) * 99 // 100], answers[-1]
         return (
@@ -81,38 +82,32 @@ class Load(Soak):
             f"accepted_seconds={accepted_seconds:.0f} seconds={time.monotonic() - began:.0f}"
         )
 
-    async def _send_share(self, caller: int) -> None:
+    def _send_share(self, caller: int) -> None:
         """Send every so-manieth request on one connection."""
-        connection = await self._connect()
-        with contextlib.closing(connection[1]):
+        with contextlib.closing(Caller(self._service.base_url)) as one:
             for number in range(self._case.requests)[caller :: self._case.callers]:
                 data = round(self._case.seconds + number * 1e-9, 9)  # each its own
                 began = time.monotonic()
-                if await self._send(connection, data, b'{"data": %.9f}' % data) == 200:
+                if self._send(one, data) == 200:
                     self._answer_seconds.append(time.monotonic() - began)
 
-    async def _leave_alone(self) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.ledger.waiting and not self.ledger.violation and time.monotonic() < deadline:
-            self._measure()
-            await asyncio.sleep(0.2)
-        left = len(self.ledger.waiting)
-        self.ledger.demand(not left, f"{left} jobs were not delivered in time")
-        repeats = 0 if self.failing or self.cut else self.ledger.counts["repeats"]
-        self.ledger.demand(not repeats, f"{repeats} jobs were delivered twice without a fault")
+    def _is_over(self) -> bool:
+        self._measure()
+        return not self.ledger.waiting or bool(self.ledger.violation)
 
 
-async def _run(name: str) -> str:
+def run(name: str) -> str:
+    """Run a case, print its counts, and return the first broken promise."""
     with tempfile.TemporaryDirectory(prefix="postback-load-") as directory:
         one = Load(Path(directory), CASES[name])
-        print(f"{name}: {await one.load()}", flush=True)
+        print(f"{name}: {one.load()}", flush=True)
         return one.ledger.violation
 
 
 def main(arguments: list[str]) -> int:
     """Run the cases that are named, by default all."""
     for name in arguments or CASES:
-        if violation := asyncio.run(_run(name)):
+        if violation := run(name):
             print(f"BROKEN: {violation}")
             return 1
     return 0

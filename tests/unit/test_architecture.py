@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 
@@ -18,16 +17,8 @@ ORDER = [
     *("processing", "jobs.errors", "jobs.model", "jobs.worker"),
     *("web.intake", "web.outbound", "web.signatures", "config", "postback"),
     *("jobs.storage", "jobs.journal", "jobs.executor", "jobs.dask_executor"),
-    *(
-        "web.logs",
-        "web.metrics",
-        "jobs.writer",
-        "jobs.runner",
-        "web.server",
-        "web.receiver",
-        "web.demo",
-        "app",
-    ),
+    *("web.logs", "web.metrics", "jobs.writer", "jobs.runner"),
+    *("web.server", "web.receiver", "web.demo", "app"),
 ]
 
 #: Who may import what. Whoever else needs it asks the owner for a function.
@@ -165,11 +156,6 @@ def test_what_runs_beside_the_users_code_needs_nothing_else(module):
     assert packages(module) <= sys.stdlib_module_names | optional
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_no_import_is_for_type_checkers_only(module):
-    assert "TYPE_CHECKING" not in SOURCES[module]
-
-
 def test_nothing_happens_at_import():
     optional = {"distributed"}
     libraries = [name for name in OWNERS if name not in sys.stdlib_module_names | optional]
@@ -189,15 +175,6 @@ def test_only_the_four_given_files_lie_at_the_top_level():
     assert top == {"app", "config", "postback", "processing"}
     assert top.isdisjoint(sys.stdlib_module_names)
     assert top.isdisjoint(importlib.metadata.packages_distributions())
-
-
-def test_no_module_is_a_drawer_for_everything():
-    assert {"utils.py", "helpers.py", "common.py"}.isdisjoint(Path(path).name for path in PATHS)
-
-
-@pytest.mark.parametrize("package", ["jobs", "web"])
-def test_the_packages_themselves_are_empty(package):
-    assert (ROOT / package / "__init__.py").read_text(encoding="utf-8") == ""
 
 
 def test_sql_is_in_the_journal_alone():

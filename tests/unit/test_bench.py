@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.harness import ROOT
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,9 +29,3 @@ def test_an_unknown_part_is_refused_with_the_list_of_parts():
 
     assert done.returncode == 2
     assert "peers, kill, growth, start, executors, resume, steady" in done.stderr
-
-
-def test_the_benchmark_stays_small():
-    files = [*ROOT.glob("bench/*.py"), ROOT / "bench" / "requirements.txt"]
-
-    assert sum(len(path.read_text().splitlines()) for path in files) < 1500

@@ -1,8 +1,6 @@
 """The environment: what each variable may contain, and how a wrong one is refused."""
 
 import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,30 +20,20 @@ OTHER_SECRET = "whsec_" + "REVG" * 8
 VARIABLES = [name for name, _, _ in config.table()]
 SECRETS = ["API_TOKEN", "POSTBACK_SECRET", "POSTBACK_HEADERS"]
 
-#: Variable, text, what it is read as.
+#: Variable, text, what it is read as: at least one for each kind of text.
 GOOD = [
-    ("HOST", "::1", "::1"),
-    ("PORT", "0", 0),
     ("PORT", "65535", 65535),
     ("PUBLIC_URL", "https://jobs.example.com/base/", "https://jobs.example.com/base"),
     ("API_TOKEN", r"a\$b${HOME}%20", (r"a\$b${HOME}%20",)),
-    ("API_TOKEN", "old  new", ("old", "new")),
-    ("ANALYSIS", "shop.prices:run", "shop.prices:run"),
-    ("ANALYSIS_SCHEDULE", "10s 1m 10m", (10.0, 60.0, 600.0)),
     ("EXECUTOR", "Process", "process"),
-    ("DASK_SCHEDULER", "tcp://127.0.0.1:8786", "tcp://127.0.0.1:8786"),
-    ("DASK_SCHEDULER", "tls://dask-scheduler.internal:8786", "tls://dask-scheduler.internal:8786"),
     ("DASK_SCHEDULER", "tcp://[::1]:8786", "tcp://[::1]:8786"),
     ("DASK_UPLOAD", __file__, Path(__file__)),
     ("JOB_TIMEOUT", "none", None),
     ("JOB_TIMEOUT", "1.5s", 1.5),
-    ("MAX_RUNNING", "1", 1),
     ("MAX_PENDING", "1000000", 1_000_000),
     ("MAX_BODY", "64KiB", 65536),
-    ("MAX_BODY", "1GiB", 1024**3),
     ("JOURNAL", "/data/my journal.db", Path("/data/my journal.db")),
     ("RETENTION", "3650d", 3650 * 86400.0),
-    ("POSTBACK_URL", "http://127.0.0.1:8081/results?a=1", "http://127.0.0.1:8081/results?a=1"),
     ("POSTBACK_ALLOW", "*", Policy(allow=frozenset(), any_public_https=True)),
     (
         "POSTBACK_ALLOW",
@@ -57,75 +45,48 @@ GOOD = [
     ("POSTBACK_SECRET", f"{SECRET} {OTHER_SECRET}", (SECRET, OTHER_SECRET)),
     ("POSTBACK_HEADERS", '{"X-Key": "a\\\\$b"}', {"X-Key": r"a\$b"}),
     ("POSTBACK_CA_BUNDLE", certifi.where(), Path(certifi.where())),
-    ("POSTBACK_TIMEOUT", "250ms", 0.25),
     ("POSTBACK_SCHEDULE", "none", ()),
     ("POSTBACK_SCHEDULE", "1s  2m 3h", (1.0, 120.0, 10800.0)),
-    ("POSTBACK_MAX_BYTES", "512B", 512),
-    ("DRAIN", "1m", 60.0),
     ("LOG_LEVEL", "WARNING", "warning"),
-    ("LOG_FORMAT", "json", "json"),
 ]
 
 #: Variable, text, words of the line that refuses it.
 BAD = [
     ("HOST", "my host", "without spaces"),
-    ("HOST", "é", "without spaces"),
     ("PORT", "65536", "a whole number from 0 to 65535"),
-    ("PORT", "-1", "a whole number"),
     ("PORT", "٨٠", "a whole number"),
-    ("PORT", "80 ", "a whole number"),
     ("PUBLIC_URL", "jobs.example.com", "http"),
     ("PUBLIC_URL", "http://example.com/?a=1", "a URL without a query"),
     ("API_TOKEN", "é", "tokens of printable ASCII"),
-    ("API_TOKEN", " ", "tokens of printable ASCII"),
-    ("ANALYSIS", "a b", "without spaces"),
     ("ANALYSIS_SCHEDULE", "10", "durations separated by spaces, such as 2s 10s 1m, or none"),
-    ("ANALYSIS_SCHEDULE", "10s,1m", "durations separated by spaces"),
     ("EXECUTOR", "celery", "one of thread, process, dask"),
     ("WORKERS", "0", "a whole number from 1"),
-    ("DASK_SCHEDULER", "127.0.0.1:8786", "tcp://"),
     ("DASK_SCHEDULER", "http://dask:8786", "tcp://"),
     ("DASK_SCHEDULER", "tcp://dask", "HOST:PORT"),
     ("DASK_UPLOAD", "/nowhere/analysis.py", "a .py, .zip or .egg file that exists"),
-    ("DASK_UPLOAD", str(Path(__file__).parent), "a .py, .zip or .egg file that exists"),
     ("JOB_TIMEOUT", "5", "a duration such as 15s or 5m"),
     ("JOB_TIMEOUT", "0s", "a duration"),
-    ("JOB_TIMEOUT", "1e3s", "a duration"),
-    ("JOB_TIMEOUT", "\N{ARABIC-INDIC DIGIT FIVE}s", "a duration"),
     ("MAX_RUNNING", "1.5", "a whole number from 1 to 1000000"),
-    ("MAX_PENDING", "1000001", "a whole number"),
-    ("MAX_PENDING", "1_000", "a whole number"),
     ("MAX_BODY", "0", "a size such as 64KiB or 1MiB"),
     ("MAX_BODY", "1MB", "a size"),
-    ("MAX_BODY", "2GiB", "a size"),
     ("RETENTION", "3651d", "a duration"),
     ("POSTBACK_URL", "ftp://example.com/", "http"),
-    ("POSTBACK_URL", "http://", "host"),
-    ("POSTBACK_URL", "http://example.com:99999/", "port"),
     ("POSTBACK_URL", "http://user:pw@example.com/", "user name"),
-    ("POSTBACK_ALLOW", "https://example.com/path", "origin"),
-    ("POSTBACK_ALLOW", "a\nb", "origin"),
+    (
+        "POSTBACK_ALLOW",
+        "https://good.example https://bad.example/path",
+        "'https://bad.example/path'",
+    ),
+    ("POSTBACK_ALLOW", "https://*", "The host"),
     ("POSTBACK_SECRET", "secret", "whsec_"),
     ("POSTBACK_SECRET", f"{SECRET} whsec_QUJD", "whsec_"),
-    ("POSTBACK_SECRET", " ", "whsec_"),
     ("POSTBACK_HEADERS", "Authorization: Bearer x", "a JSON object of headers"),
     ("POSTBACK_HEADERS", "[" * 100_000, "a JSON object of headers"),
-    ("POSTBACK_HEADERS", '["a"]', "a JSON object of headers"),
-    ("POSTBACK_HEADERS", '{"a": 1}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a: b": "c"}', "a JSON object of headers"),
-    ("POSTBACK_HEADERS", '{"": "c"}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a": "b\\r\\nc: d"}', "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a": "é"}', "a JSON object of headers"),
-    ("POSTBACK_CA_BUNDLE", "/nowhere.pem", "certificates in PEM format"),
     ("POSTBACK_CA_BUNDLE", __file__, "certificates in PEM format"),
-    ("POSTBACK_CA_BUNDLE", "/", "certificates in PEM format"),
-    ("POSTBACK_TIMEOUT", "fast", "a duration"),
-    ("POSTBACK_SCHEDULE", "1s,2s", "durations separated by spaces"),
-    ("POSTBACK_SCHEDULE", "1s none", "durations separated by spaces"),
-    ("POSTBACK_SCHEDULE", " ", "durations separated by spaces"),
-    ("POSTBACK_MAX_BYTES", "-1", "a size"),
     ("LOG_LEVEL", "loud", "one of debug, info, warning, error"),
-    ("LOG_FORMAT", "xml", "one of text, json"),
 ]
 
 
@@ -148,38 +109,6 @@ def problems() -> tuple[str, ...]:
     return refused.value.problems
 
 
-def test_without_any_variable_the_defaults_hold():
-    assert config.load() == Config(
-        host="127.0.0.1",
-        port=8080,
-        public_url=None,
-        api_token=(),
-        analysis="processing:analyze",
-        analysis_schedule_seconds=(),
-        executor="thread",
-        workers=None,
-        dask_scheduler=None,
-        dask_upload=None,
-        job_timeout_seconds=None,
-        max_running=32,
-        max_pending=10000,
-        max_body_bytes=1024**2,
-        journal_path=Path("journal.db"),
-        retention_seconds=86400.0,
-        postback_url=None,
-        postback_allow=Policy(allow=frozenset(), any_public_https=False),
-        postback_secret=(),
-        postback_headers={},
-        postback_ca_bundle=None,
-        postback_timeout_seconds=15.0,
-        postback_schedule_seconds=(2, 10, 60, 300, 1800, 7200, 21600, 43200, 86400, 86400),
-        postback_max_bytes=1024**2,
-        drain_seconds=25.0,
-        log_level="info",
-        log_format="text",
-    )
-
-
 @pytest.mark.parametrize(("name", "text", "value"), GOOD)
 def test_a_variable_is_read(monkeypatch, name, text, value):
     monkeypatch.setenv(name, text)
@@ -188,9 +117,7 @@ def test_a_variable_is_read(monkeypatch, name, text, value):
 
 
 @pytest.mark.parametrize(("name", "text", "words"), BAD, ids=[f"{n}-{t:.20}" for n, t, _ in BAD])
-def test_a_wrong_variable_is_refused_in_one_line_that_says_what_is_right(
-    monkeypatch, name, text, words
-):
+def test_a_wrong_variable_is_refused_with_what_is_right(monkeypatch, name, text, words):
     monkeypatch.setenv(name, text)
 
     [line] = problems()
@@ -200,18 +127,7 @@ def test_a_wrong_variable_is_refused_in_one_line_that_says_what_is_right(
     assert len(line.splitlines()) == 1
 
 
-def test_every_variable_is_tried():
-    assert {name for name, *_ in GOOD} == set(VARIABLES) - {"WORKERS"}
-
-
-def test_workers_are_read_for_the_executor_that_has_them(monkeypatch):
-    monkeypatch.setenv("WORKERS", "64")
-    monkeypatch.setenv("EXECUTOR", "process")
-
-    assert config.load().workers == 64
-
-
-@pytest.mark.parametrize("executor", ["", "thread", "dask"])
+@pytest.mark.parametrize("executor", ["", "dask"])
 def test_workers_are_refused_for_another_executor(monkeypatch, executor):
     monkeypatch.setenv("WORKERS", "4")
     monkeypatch.setenv("EXECUTOR", executor)
@@ -247,11 +163,8 @@ def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("POSTBACK_URI", "Did you mean POSTBACK_URL?"),
-        ("POSTBACK_SECRETS", "Did you mean POSTBACK_SECRET?"),
         ("POSTBACK_SECRET_FIEL", "Did you mean POSTBACK_SECRET_FILE?"),
         ("POSTBACK_PORT", "Did you mean PORT?"),
-        ("POSTBACK_API_TOKEN", "Did you mean API_TOKEN?"),
         ("POSTBACK_XYZZY_PLUGH_FROBOZZ_QUUX", "See --help."),
     ],
 )
@@ -261,23 +174,17 @@ def test_an_unknown_name_with_our_prefix_is_refused_with_a_suggestion(monkeypatc
     assert problems() == (f"{name}: there is no such setting. {hint}",)
 
 
-@pytest.mark.parametrize("service", ["POSTBACK", "POSTBACK_RECEIVER", "POSTBACK_URL", "POSTBACK_2"])
+@pytest.mark.parametrize("service", ["POSTBACK", "POSTBACK_URL"])
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("SERVICE_HOST", "10.0.0.1"),
-        ("SERVICE_PORT", "80"),
         ("SERVICE_PORT_HTTP", "80"),
         ("PORT", "tcp://10.0.0.1:80"),
-        ("PORT_80_TCP", "tcp://10.0.0.1:80"),
-        ("PORT_80_TCP_PROTO", "tcp"),
         ("PORT_53_UDP_PORT", "53"),
-        ("PORT_80_TCP_ADDR", "10.0.0.1"),
     ],
 )
-def test_what_kubernetes_sets_for_a_service_named_postback_is_ignored(
-    monkeypatch, service, name, text
-):
+def test_what_kubernetes_sets_for_a_service_is_ignored(monkeypatch, service, name, text):
     monkeypatch.setenv(f"{service}_{name}", text)
 
     assert config.load().port == 8080
@@ -288,12 +195,7 @@ def test_what_kubernetes_sets_for_a_service_named_postback_is_ignored(
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [
-        ("API_TOKEN", "hunter2\N{SNOWMAN}"),
-        ("POSTBACK_SECRET", "whsec_hunter2"),
-        ("POSTBACK_HEADERS", '{"Authorization": "Bearer hunter2'),
-        ("POSTBACK_HEADERS", '{"X-Key": "hunter2", "b": 1}'),
-    ],
+    [("API_TOKEN", "hunter2\N{SNOWMAN}"), ("POSTBACK_HEADERS", '{"X-Key": "hunter2", "b": 1}')],
 )
 def test_a_refusal_never_shows_a_secret(monkeypatch, name, text):
     monkeypatch.setenv(name, text)
@@ -308,11 +210,9 @@ def test_a_refusal_never_shows_a_secret(monkeypatch, name, text):
 @pytest.mark.parametrize(
     "url",
     [
-        "https://user:hunter2@example.com/",
         "https://user:hunter2/@@example.com/#a",
         "https://user:hunter2?@example.com/",
         "https://example.com:0/?token=hunter2",
-        "ftp://hunter2@example.com/",
     ],
 )
 def test_a_refused_url_shows_no_password_and_no_query(monkeypatch, name, url):
@@ -324,7 +224,7 @@ def test_a_refused_url_shows_no_password_and_no_query(monkeypatch, name, url):
     assert "***" in line
 
 
-@pytest.mark.parametrize("name", ["Webhook-Id", "Content-Type", "HOST", "User-Agent"])
+@pytest.mark.parametrize("name", ["Webhook-Id", "HOST"])
 def test_a_header_that_is_ours_is_refused_by_name(monkeypatch, name):
     monkeypatch.setenv("POSTBACK_HEADERS", f'{{"X-Fine": "1", "{name}": "hunter2"}}')
 
@@ -333,9 +233,8 @@ def test_a_header_that_is_ours_is_refused_by_name(monkeypatch, name):
     )
 
 
-@pytest.mark.parametrize("end", ["", "\n", "\r\n", " \n"])
-def test_a_secret_comes_from_a_file_without_the_end_of_its_line(monkeypatch, tmp_path, end):
-    (tmp_path / "token").write_bytes(rf"to\$ken${end}".encode())
+def test_a_secret_comes_from_a_file_without_the_end_of_its_line(monkeypatch, tmp_path):
+    (tmp_path / "token").write_bytes(b"to\\$ken$ \r\n")
     monkeypatch.setenv("API_TOKEN", "another")
     monkeypatch.setenv("API_TOKEN_FILE", str(tmp_path / "token"))
 
@@ -343,9 +242,8 @@ def test_a_secret_comes_from_a_file_without_the_end_of_its_line(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("name", SECRETS)
-@pytest.mark.parametrize("path", ["missing", ".", "empty", "blank", "binary", "a" * 300])
+@pytest.mark.parametrize("path", ["missing", ".", "blank", "binary"])
 def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, name, path):
-    (tmp_path / "empty").touch()
     (tmp_path / "blank").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setenv(f"{name}_FILE", path)
@@ -353,10 +251,9 @@ def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, n
     assert problems() == (f"{name}_FILE: expected a readable file that contains the secret",)
 
 
-@pytest.mark.parametrize("name", ["HOST", "JOURNAL", "LOG", "PORT", "ANALYSIS"])
-def test_a_file_variable_of_another_program_is_ignored(monkeypatch, name):
+def test_a_file_variable_of_another_program_is_ignored(monkeypatch):
     defaults = config.load()
-    monkeypatch.setenv(f"{name}_FILE", "/nowhere")
+    monkeypatch.setenv("LOG_FILE", "/nowhere")
 
     assert config.load() == defaults
 
@@ -382,23 +279,19 @@ def test_each_default_in_the_help_is_itself_accepted(monkeypatch):
 # The CPUs
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
-def test_the_affinity_decides_how_many_cpus_there_are():
-    script = (
-        "import os, config; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1]);"
-        "from pathlib import Path; print(config.cpu_count(Path('/none')))"
-    )
+def test_the_affinity_decides_how_many_cpus_there_are(tmp_path):
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(cpus)])
 
-    counted = subprocess.check_output(
-        [sys.executable, "-c", script], cwd=Path(config.__file__).parent, text=True
-    )
+    count = config.cpu_count(tmp_path / "none")
+    os.sched_setaffinity(0, cpus)
 
-    assert counted == "1\n"
+    assert count == 1
 
 
 @pytest.mark.parametrize(
     ("limit", "most"),
-    [("100000 100000", 1), ("50000 100000", 1), ("100000000 100000", 1000), ("max 100000", 1000)],
+    [("50000 100000", 1), ("100000000 100000", 1000), ("max 100000", 1000)],
 )
 def test_the_quota_of_the_container_limits_the_cpus(tmp_path, limit, most):
     path = tmp_path / "cpu.max"
@@ -408,13 +301,11 @@ def test_the_quota_of_the_container_limits_the_cpus(tmp_path, limit, most):
     assert config.cpu_count(path) == min(without, most)
 
 
-# Anything
-
 TEXTS = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=40)
 
 
 @given(name=st.sampled_from([*VARIABLES, "POSTBACK_X"]), text=TEXTS)
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_any_text_is_read_or_refused_in_one_line(name, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name, text)

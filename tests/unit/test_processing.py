@@ -3,17 +3,16 @@
 import json
 import operator
 import statistics
-import string
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import processing
+from tests.harness import ROOT
 
-IRIS = Path(__file__).parents[2] / "docs" / "examples" / "iris.json"
+IRIS = ROOT / "docs" / "examples" / "iris.json"
 
 #: Every number that a payload can hold.
 NUMBERS = st.integers(-(10**40) + 1, 10**40 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -23,7 +22,7 @@ JSON_VALUES = st.recursive(
     max_leaves=12,
 )
 
-few_examples = settings(deadline=None, max_examples=60)
+few_examples = settings(deadline=None, max_examples=40)
 
 
 def nested(levels, *, wrap):
@@ -51,30 +50,18 @@ def test_a_scalar_is_described_by_its_type_and_value(value, type_name):
 def test_a_text_is_counted_in_characters_words_and_lines():
     profile = processing.analyze("To be, or not\nto be?\n")
 
-    assert profile == {
-        "type": "string",
-        "characters": 21,
-        "words": 6,
-        "lines": 2,
-        "most_frequent_words": [
-            {"value": "to", "count": 2},
-            {"value": "be", "count": 2},
-            {"value": "or", "count": 1},
-            {"value": "not", "count": 1},
-        ],
-    }
+    words = frequent(profile, "most_frequent_words")
+    assert words == [("to", 2), ("be", 2), ("or", 1), ("not", 1)]
+    assert (profile["characters"], profile["words"], profile["lines"]) == (21, 6, 2)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (" \t\n ", []),
-        ("- -- … !?", []),
+        (" \t\n - -- … !?", []),
         ("Straße STRASSE", [("strasse", 2)]),
         ("«Don't» “don't,” (DON'T)", [("don't", 3)]),
-        ("well-known", [("well-known", 1)]),
-        ("हिन्दी हिन्दी", [("हिन्दी", 2)]),
-        ("b a c a b", [("b", 2), ("a", 2), ("c", 1)]),
+        ("well-known हिन्दी हिन्दी", [("हिन्दी", 2), ("well-known", 1)]),
         ("w" * 100, [("w" * 63 + "…", 1)]),
     ],
 )
@@ -124,6 +111,7 @@ def test_a_figure_that_is_no_float_is_null(numbers, beyond):
         ([1, 1.0, "1"], {"number": 2, "string": 1}, [(1, 2), ("1", 1)]),
         (["x", [1], {"a": 1}, "x"], {"string": 2, "array": 1, "object": 1}, [("x", 2)]),
         (["x" * 65], {"string": 1}, [("x" * 63 + "…", 1)]),
+        ([*"abcdefghijkz", "z"], {"string": 13}, [("z", 2), *((one, 1) for one in "abcdefghi")]),
     ],
 )
 def test_mixed_values_are_told_apart_by_type(values, types, most_frequent):
@@ -132,12 +120,6 @@ def test_mixed_values_are_told_apart_by_type(values, types, most_frequent):
     assert profile["types"] == types
     assert repr(frequent(profile)) == repr(most_frequent)
     assert profile["missing"] == values.count(None)
-
-
-def test_only_the_ten_most_frequent_values_are_listed():
-    profile = processing.analyze([*string.ascii_lowercase, "z"])
-
-    assert frequent(profile) == [("z", 2), *((letter, 1) for letter in "abcdefghi")]
 
 
 def test_arrays_in_an_array_are_described_by_all_their_items():
@@ -159,10 +141,8 @@ def test_records_are_described_field_by_field():
 
 
 def test_each_field_of_an_object_is_described_by_itself():
-    profile = processing.analyze({"n": 1, "": None, "__class__": {"list": [True]}})
+    profile = processing.analyze({"": None, "__class__": {"list": [True]}})
 
-    assert profile["type"] == "object"
-    assert profile["fields"]["n"] == {"type": "number", "value": 1}
     assert profile["fields"][""] == {"type": "null", "value": None}
     assert profile["fields"]["__class__"]["fields"]["list"]["types"] == {"boolean": 1}
 
@@ -180,14 +160,13 @@ def test_fields_beyond_the_limit_are_left_out_the_inner_ones_first(wrap):
     assert profile["fields"]["f0"]["fields_left_out"] == 1
 
 
-@pytest.mark.parametrize("levels", [1, 64, 450])
 @pytest.mark.parametrize(
     "wrap",
     [lambda value: [value], lambda value: {"a": value}, lambda value: [{"a": value}]],
     ids=["arrays", "objects", "records"],
 )
-def test_deep_data_has_a_shallow_profile(levels, wrap):
-    profile = json.dumps(processing.analyze(nested(levels, wrap=wrap)))
+def test_deep_data_has_a_shallow_profile(wrap):
+    profile = json.dumps(processing.analyze(nested(450, wrap=wrap)))
 
     assert profile.count('"fields"') <= processing.MAX_LEVELS + 1
     assert profile.count('"items"') <= processing.MAX_LEVELS

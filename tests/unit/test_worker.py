@@ -41,8 +41,7 @@ def imitation(name):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [None, True, 0, -2.5, "é\0", [], {}, [[1, "a"], {"b": None}], {1: "a", 2: "b"}, (1, (2,))],
+    "value", [None, True, -2.5, "é\0", [], [[1, "a"], {"b": None}], {1: "a", 2: "b"}, (1, (2,))]
 )
 def test_what_json_has_an_equal_for_is_encoded(value):
     assert json.loads(worker.encode(value)) == json.loads(json.dumps(value))
@@ -54,7 +53,6 @@ def test_what_json_has_an_equal_for_is_encoded(value):
         ({"rows": [0, {"price": float("nan")}]}, 'result["rows"][1]["price"] is nan, which is not'),
         ([decimal.Decimal(1)], "result[0] is a decimal.Decimal: use float(...), or str(...)"),
         ({1: "a", "1": "b"}, 'result has the keys 1 and "1", which are the same in JSON'),
-        ({True: 1, "true": 2}, 'result has the keys True and "true", which are the same'),
         ([{(1, 2): 3}], "the key (1, 2) of result[0] is a tuple: use str(...)"),
         ("\ud800", "result is not JSON: 'utf-8' codec can't encode character"),
         pytest.param(10**5000, "result is not JSON: Exceeds the limit", id="digits"),
@@ -71,14 +69,11 @@ def test_what_is_not_json_is_named_by_its_path(value, fault):
     ("value", "use"),
     [
         ({1}, "sorted(...) or list(...)"),
-        (b"x", ".decode(), or base64"),
         (range(3), "list(...)"),
-        (object(), "str(...)"),
         (Point(), "dataclasses.asdict(...)"),
         (pathlib.Path(), "str(...)"),
         (dt.datetime(2026, 1, 2, tzinfo=dt.UTC), ".isoformat()"),
         (imitation("numpy.bool"), "bool(...)"),
-        (imitation("numpy.generic"), ".item()"),
         (imitation("numpy.ndarray"), ".tolist()"),
         (imitation("pandas.Series"), ".to_dict()"),
         (imitation("pandas.DataFrame"), '.to_dict("records")'),
@@ -94,7 +89,7 @@ def test_what_is_not_json_comes_with_what_to_use(value, use):
     assert str(caught.value).endswith(f": use {use}")
 
 
-@pytest.mark.parametrize("levels", [129, 2000, 100_000])
+@pytest.mark.parametrize("levels", [129, 100_000])
 def test_what_is_nested_too_deeply_is_refused_by_every_python(levels):
     value = nested(levels, lambda inner: [inner])
 
@@ -106,14 +101,6 @@ def test_128_levels_are_not_too_deep():
     value = nested(128, lambda inner: {"a": inner})
 
     assert json.loads(worker.encode(value)) == value
-
-
-def test_a_circle_is_refused():
-    ring: list[Any] = []
-    ring.append({"again": ring})
-
-    with pytest.raises(worker.NotJSONError, match="result contains itself"):
-        worker.encode(ring)
 
 
 # The job
@@ -217,14 +204,11 @@ def annotated(data: "Unknown", job: "Unknown"):  # type: ignore[name-defined] # 
 called = Called()
 shapes = types.SimpleNamespace(
     job_by_keyword=lambda data, *, job: job,
-    other_by_keyword=lambda data, *, context: context,
     optional_job=lambda data, job=None: job,
-    third_is_job=lambda data, other=None, job=None: job,
     optional_other=lambda data, other=None: other,
     rest=lambda *rest, **others: len(rest) + len(others),
     partly=functools.partial(lambda first, data, job: job, 1),
     nothing=lambda: None,
-    three=lambda first, second, third: third,
     two_by_keyword=lambda data, *, one, other: None,
     number=5,
 )
@@ -238,9 +222,7 @@ shapes = types.SimpleNamespace(
         ("awaited", "job"),
         ("annotated", "job"),
         ("shapes.job_by_keyword", "job"),
-        ("shapes.other_by_keyword", "job"),
         ("shapes.optional_job", "job"),
-        ("shapes.third_is_job", "job"),
         ("shapes.optional_other", None),
         ("shapes.rest", 1),
         ("shapes.partly", "job"),
@@ -256,7 +238,6 @@ def test_an_analysis_is_called_as_it_wants_to_be(name, result):
     ("name", "problem"),
     [
         ("shapes.nothing", "expected shapes.nothing(data) or shapes.nothing(data, job), but it is"),
-        ("shapes.three", "but it is shapes.three(first, second, third)"),
         ("shapes.two_by_keyword", "but it is shapes.two_by_keyword(data, *, one, other)"),
         ("generator", "is a generator: expected a function that returns its result"),
         ("async_generator", "is a generator"),
@@ -273,16 +254,11 @@ def test_other_shapes_are_refused(name, problem):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "shop", "shop:", ":run", "shop.py:run()", "a:b:c", ".a:b", "a:b\n", "a/b.py:c"],
+    ["", "shop", "shop:", ":run", "shop.py:run()", "a:b:c", ".a:b", "a:b\n", "a/b.py:c", "no.py:a"],
 )
 def test_a_malformed_name_is_refused_with_the_right_form(name):
-    with pytest.raises(worker.LoadError, match=r"^expected package\.module:function, with dots"):
-        worker.load(name)
-
-
-@pytest.mark.parametrize("name", ["json.py:loads", "nowhere.py:run"])
-def test_the_name_of_a_file_is_refused_with_the_right_form(name):
-    with pytest.raises(worker.LoadError, match=r"module:function, .* and without \.py$"):
+    form = r"expected package\.module:function, with dots in place of slashes and without \.py$"
+    with pytest.raises(worker.LoadError, match=form):
         worker.load(name)
 
 
@@ -314,8 +290,3 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, sour
         worker.load("own_shop:run")
 
     assert problem in str(caught.value)
-
-
-def test_a_module_that_is_not_there_is_named_with_the_place():
-    with pytest.raises(worker.LoadError, match=r"no module 'shopp' \(looked in .* PYTHONPATH\)"):
-        worker.load("shopp:run")
