@@ -137,7 +137,7 @@ def test_what_the_state_does_not_allow_is_409_with_the_state(service, gate, oper
 def test_ended_jobs_are_removed_after_retention(start_process, gate):
     service = start_process(DRAIN="50ms")
     running = service.send(gate.data)
-    service.wait_for_all([service.send(number) for number in range(120)])  # more than a batch
+    service.wait_for_all([service.send(number) for number in range(105)])  # more than a batch
     assert service.end() == 75
 
     later = start_process(RETENTION="1ms")

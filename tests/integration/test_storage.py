@@ -133,14 +133,6 @@ def test_a_closed_journal_is_one_private_file_with_all_that_was_written(path, op
     assert reopen(path).notes() == ["a", "b"]
 
 
-def test_a_closed_journal_is_not_lost_and_says_that_the_service_stops(opened):
-    opened.close()
-
-    for operation in (partial(opened.note, "a"), opened.notes):
-        assert "stopping" in refused(operation).detail
-    assert (opened.failure, opened.losses) == (None, [])
-
-
 def test_a_pragma_that_does_not_take_refuses_the_start(path, monkeypatch):
     monkeypatch.setattr(storage, "PRAGMAS", {"journal_mode": "imaginary"})
 

@@ -135,8 +135,6 @@ def test_prefer_respond_async_is_found_among_others(header, expected):
     assert intake.prefers_async({"HTTP_PREFER": header}) is expected
 
 
-# Properties
-
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -1,6 +1,5 @@
 """The parts of a worker that need no process: the loader, the job object, and strict JSON."""
 
-import calendar
 import dataclasses
 import datetime as dt
 import decimal
@@ -260,14 +259,6 @@ def test_a_malformed_name_is_refused_with_the_right_form(name):
     form = r"expected package\.module:function, with dots in place of slashes and without \.py$"
     with pytest.raises(worker.LoadError, match=form):
         worker.load(name)
-
-
-@pytest.mark.parametrize(("name", "where"), [("calendar", calendar.__file__), ("sys", "no file")])
-def test_a_module_that_may_not_be_the_users_is_named_with_its_file(name, where):
-    with pytest.raises(worker.LoadError) as caught:
-        worker.load(f"{name}:run")
-
-    assert str(caught.value) == f"the module '{name}' ({where}) has no 'run'"
 
 
 @pytest.mark.parametrize(
