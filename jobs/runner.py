@@ -59,6 +59,8 @@ log = logging.getLogger("postback")
 class Run:
     """One job that a thread works for.
 
+    That thread notes `started_at`, `times_out_at` and `progress`. The loop alone changes the rest.
+
     Attributes:
         is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
         outcome: None until its analysis has ended, here or from outside.
@@ -78,8 +80,8 @@ class Run:
 class Runner:
     """Takes accepted jobs to their end.
 
-    Only the loop changes what is kept here, so there is no lock. Threads may look at it, and hand
-    over what is to be changed.
+    Only the loop changes what is kept here, so there is no lock. Other threads may look at it. What
+    they want changed they hand over.
     """
 
     def __init__(
