@@ -38,7 +38,7 @@ from jobs.runner import Runner
 from web import intake, logs, metrics, outbound
 from web.metrics import Metrics
 from web.receiver import Receiver
-from web.server import Application, Server, json_answer
+from web.server import Application, Server, is_local, json_answer
 
 #: Exit codes (sysexits.h): the journal was lost; jobs wait for the next start; a refused start.
 EXIT_LOST = 74
@@ -430,14 +430,10 @@ def _places(settings: Config) -> int:
 
 
 def _allowed_hosts(settings: Config) -> frozenset[str] | None:
-    if settings.api_token or not _is_loopback(settings.host):
+    if settings.api_token or not is_local(settings.host):
         return None
     url = settings.public_url
     return frozenset([outbound.parts(url).host.strip("[]")] if url else [])
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 #: What is shown of a job, beside what only some routes show.
@@ -490,7 +486,7 @@ def _greet(service: Service, settings: Config) -> None:
     )
     with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
         print(text, flush=True)
-    if _is_loopback(settings.host):
+    if is_local(settings.host):
         return
     if not settings.api_token:
         log.warning("anyone can send jobs: set API_TOKEN", extra={"host": settings.host})

@@ -26,7 +26,7 @@ import config
 from jobs import errors, model
 from jobs.journal import Journal
 from web import intake, logs, signatures
-from web.server import Application, Server, json_answer
+from web.server import Application, Server, is_local, json_answer
 
 #: Characters of an event that are shown where it is printed.
 MAX_SHOWN = 500
@@ -128,11 +128,10 @@ def main() -> None:
 
 def _application(host: str, journal: Journal, settings: config.Config) -> Application:
     secrets, tokens = settings.postback_secret, settings.api_token
-    is_local = host in ("localhost", "127.0.0.1", "::1")
-    if not (is_local or secrets):
+    if not (is_local(host) or secrets):
         log.warning("anyone can post results: set POSTBACK_SECRET", extra={"host": host})
     receiver = Receiver(journal, secrets=secrets, max_body_bytes=MAX_BODY_BYTES, show=_print)
-    application = Application(tokens, frozenset() if is_local and not tokens else None)
+    application = Application(tokens, frozenset() if is_local(host) and not tokens else None)
     application.serve("POST", "/postprocessed", receiver.receive, open_to_all=True)
     application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
     return application

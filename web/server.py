@@ -88,7 +88,7 @@ _PAGE_HEADERS = {
 # Made once, because json.dumps() with a hook makes an encoder for each call.
 _ENCODE = json.JSONEncoder(default=model.text_of).encode
 
-_LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1")
+_LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){1,3}|::1")
 
 log = logging.getLogger("postback")
 
@@ -152,7 +152,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
     def _check_host(self, host: str) -> None:
         name = re.sub(r":[0-9]*$", "", host.lower()).strip("[]")
         allowed = self._allowed_hosts
-        if allowed is not None and name not in allowed and not _LOCAL.fullmatch(name):
+        if allowed is not None and name not in allowed and not is_local(name):
             detail = f"The Host {name[:64]!r} is not this machine and not the host of PUBLIC_URL."
             raise errors.Refusal(403, "Host refused", f"{detail} Set API_TOKEN to allow any.")
 
@@ -499,6 +499,11 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
 
     def handle_close(self) -> None:
         """Do nothing: waitress calls it after an error."""
+
+
+def is_local(host: str) -> bool:
+    """Return whether only this machine can reach a host of this name or address."""
+    return bool(_LOCAL.fullmatch(host))
 
 
 def json_answer(fields: Mapping[str, Any], status_code: int = 200) -> bottle.HTTPResponse:
