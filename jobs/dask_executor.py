@@ -68,6 +68,7 @@ class DaskExecutor:
         self._closed = threading.Event()
         self._client: Any = None  # while it is connected
         self._failure: str | None = None
+        self._keeper = threading.Thread(target=self._keep_connected, name="dask", daemon=True)
         self._news: dict[str, _News] = {}  # of each job, as long as its caller is inside of `run`
 
     def start(self) -> None:
@@ -84,7 +85,6 @@ class DaskExecutor:
         self._distributed = distributed
         for name in ("distributed", "tornado"):  # our own log has one line for each change
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        self._keeper = threading.Thread(target=self._keep_connected, name="dask", daemon=True)
         self._keeper.start()
 
     def free(self) -> int:
@@ -120,7 +120,8 @@ class DaskExecutor:
         self._closed.set()
         for job_id in list(self._news):
             self.stop(job_id)
-        self._keeper.join(CLOSE_SECONDS)
+        if self._keeper.is_alive():
+            self._keeper.join(CLOSE_SECONDS)
 
     # A job's thread
 

@@ -209,7 +209,7 @@ class WorkerExecutor:
             if run := self._runs.get(job_id):
                 run.is_stopped = True
                 run.hang_up()
-                if one := run.worker:
+                if (one := run.worker) and one in self._workers:
                     log.info("worker retired", extra={"pid": one.pid, "job_id": job_id})
                     with suppress(OSError):  # without a thread for another one, it goes on
                         if one.slots > 1 and not one.is_stale:
@@ -219,7 +219,7 @@ class WorkerExecutor:
                 self._changed.notify_all()
 
     def drain(self) -> None:
-        """From now on, blame no job for the end of its worker, and start no other."""
+        """From now on, give no job a worker, and blame none for the end of its worker."""
         with self._lock:
             self._is_draining = True
             self._changed.notify_all()
@@ -334,29 +334,30 @@ class WorkerExecutor:
             one.kill()
 
     def _is_useless(self, one: _Worker) -> bool:
-        """Return whether a stale worker may end: no job needs it, and new ones have another.
+        """Return whether a worker may end: it is stale, no job needs it, and new ones have another.
 
-        When the executor is closed, no other worker is of use either.
+        When the executor is closed, all may.
         """
-        if not one.is_stale or one.is_needed:
-            return self._closed.is_set()
-        return one.slots <= 1 or any(not other.is_stale for other in self._serving())
+        has_another = one.slots <= 1 or any(not other.is_stale for other in self._serving())
+        return self._closed.is_set() or (one.is_stale and not one.is_needed and has_another)
 
     # A worker's thread
 
     def _keep(self) -> None:
         """Have one worker after another, until another thread has one in its place."""
         seconds = RETRY_SECONDS
-        while not self._closed.is_set():
+        while not self._is_draining:
             started_at, one = time.monotonic(), _Worker(self._slots)
             with self._lock:
                 self._workers.insert(0, one)
             has_served = self._live(one)
             if one.is_stale and one.slots > 1:
                 return
-            seconds = RETRY_SECONDS if has_served else min(2 * seconds, MAX_RETRY_SECONDS)
+            if has_served:
+                seconds = started_at + RETRY_SECONDS - time.monotonic()
             if not (has_served and one.runs):
-                self._closed.wait(started_at + seconds - time.monotonic())
+                self._closed.wait(seconds)
+            seconds = RETRY_SECONDS if has_served else min(2 * seconds, MAX_RETRY_SECONDS)
 
     def _live(self, one: _Worker) -> bool:
         """Start a worker's process, wait for its end, and return whether it could serve."""

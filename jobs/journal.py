@@ -157,22 +157,15 @@ class Journal(Storage):
             self._write(store, id=job_id, value=value)
 
     def run_again(
-        self,
-        job_id: str,
-        *,
-        next_start_at: datetime | None,
-        has_started: bool = True,
-        is_alone: bool = False,
-        error: Mapping[str, str] | None = None,
+        self, job_id: str, again: model.Again, *, now: datetime, has_started: bool = True
     ) -> None:
         """Move a running job back to `accepted`.
 
         Args:
             job_id: The job.
-            next_start_at: It is not started before; None for no wait.
+            again: Why, and after which pause from now on. With an error it counts as a failure.
+            now: When that is.
             has_started: Whether this start counts.
-            is_alone: It must have a worker of its own from now on.
-            error: Why, when the analysis raised an exception; it counts as a failure.
 
         Raises:
             MoveError: The job is not running.
@@ -183,9 +176,11 @@ class Journal(Storage):
                             failures = failures + (:error IS NOT NULL),
                             last_error = coalesce(:error, last_error)
              WHERE id = :id AND state = 'running'"""
-        values = {"next_start_at": next_start_at, "is_alone": is_alone, "error": error}
+        pause = timedelta(seconds=again.pause_seconds)
+        values = {"next_start_at": now + pause if pause else None, "is_alone": again.is_alone}
         with self.transaction():
-            self._move(job_id, statement, wanted="run again", not_started=not has_started, **values)
+            options = {"error": again.error, "not_started": not has_started}
+            self._move(job_id, statement, wanted="run again", **values, **options)
 
     def count_waiting(self) -> int:
         """Return how many accepted jobs could start now, seen from inside a transaction."""

@@ -4,8 +4,8 @@ The server's loop, which answers, also calls `Runner.work`. It claims accepted j
 executor has a free worker and fewer than MAX_RUNNING analyses run, and starts a thread for each. A
 job's thread has the analysis run, hands over how it ended, makes the first attempt, hands over what
 came of it, and ends. The loop writes for all threads, so that they share commits, and goes on from
-there: each function named `then` runs in it. It also starts the attempts that are due, times out,
-and prunes.
+there: each `write`, `then` and `follow_up` below runs in it. It also starts the attempts that are
+due, times out, and prunes.
 """
 
 import contextlib
@@ -45,6 +45,10 @@ RETRY_SECONDS = 1.0
 #: The loop looks at the journal and at idle connections at least once in so many seconds.
 TICK_SECONDS = 1.0
 
+#: Analyses started in one turn of the loop, and attempts for one receiver, so that answers need not
+#: wait long.
+MAX_STARTS, MAX_ATTEMPT_STARTS = 64, 16
+
 #: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
 BATCH = 100
 BATCH_PAUSE_SECONDS = 0.02
@@ -59,7 +63,7 @@ log = logging.getLogger("postback")
 class Run:
     """One job that a thread works for.
 
-    That thread notes `started_at`, `times_out_at` and `progress`. The loop alone changes the rest.
+    That thread notes `started_at`, `times_out_at` and `progress`. The loop alone sets the rest.
 
     Attributes:
         is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
@@ -80,8 +84,8 @@ class Run:
 class Runner:
     """Takes accepted jobs to their end.
 
-    Only the loop changes what is kept here, so there is no lock. Other threads may look at it. What
-    they want changed they hand over.
+    Once it works, only the loop changes what is kept here, so there is no lock. Other threads may
+    look at it. What they want changed they hand over. Only the start of a drain is noted at once.
     """
 
     def __init__(
@@ -112,8 +116,9 @@ class Runner:
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_crowded = False  # a due attempt waits until another one ends
+        self._is_working = False  # the loop has called `work`
         self._is_draining = False
-        self._drained = threading.Event()  # nobody works for a job any more, or has no time left
+        self._drained = threading.Event()  # the drain has ended
         # When the loop looks for each kind of work, by the monotonic clock.
         self._attempts_at = self._starts_at = self._prune_at = self._tick_at = self._work_at = 0.0
         self._times_out_at = math.inf
@@ -181,7 +186,7 @@ class Runner:
             Refusal: There is no such job (404).
         """
         self._journal.resend(job_id, now=self._clock())
-        self._attempts_at = 0.0
+        self._look_for_attempts(0.0)
 
     def resend_undelivered(self, since: datetime) -> int:
         """Post the events of all undelivered jobs that ended from `since` on; return how many."""
@@ -224,7 +229,7 @@ class Runner:
             self._journal.plan_stop()  # before all else, because a kill may follow
         self._is_draining = True
         self._wake()
-        if self._runs:
+        if self._is_working:
             self._drained.wait(seconds)
         self._drained.set()
         self._journal.put_back()
@@ -251,7 +256,7 @@ class Runner:
 
         Call it also after each turn, and when `wake` was called.
         """
-        now = time.monotonic()
+        now, self._is_working = time.monotonic(), True
         try:
             if now >= self._work_at:
                 self._work_once(now)
@@ -259,10 +264,12 @@ class Runner:
             self._work_at = math.inf  # the process is about to end
         except Exception as exc:
             self._attempts_at = 0.0  # what was looked for may still be due
-            self._work_at = now + RETRY_SECONDS
+            self._work_at = time.monotonic() + RETRY_SECONDS
             if not isinstance(exc, JournalError):  # which was logged where it was seen
                 with contextlib.suppress(MemoryError):
                     log.exception("runner failed")
+        if self._is_draining and not self._runs:
+            self._drained.set()
         times = [self._tick_at, self._times_out_at]
         if not self._is_draining:
             times += [self._starts_at, self._attempts_at, self._prune_at]
@@ -276,11 +283,9 @@ class Runner:
         if self._config.job_timeout_seconds:
             self._time_out(now)
         if not self._is_draining:
-            self._start_what_may_start(now)
-        elif not self._runs:
-            self._drained.set()
+            self._begin_new(now)
 
-    def _start_what_may_start(self, now: float) -> None:
+    def _begin_new(self, now: float) -> None:
         if now >= self._starts_at:
             self._release_due_starts()
         if self._waiting:
@@ -300,7 +305,7 @@ class Runner:
         self._sender.close_idle()
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
-        with self._journal.transaction():  # a commit that failed may have left jobs
+        with self._journal.transaction():  # after a commit that failed, the count is wrong
             self._waiting = self._journal.count_waiting()
 
     def _time_out(self, now: float) -> None:
@@ -327,7 +332,7 @@ class Runner:
         """Claim the jobs that there is a place for, and start a thread for each."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
         places = self._max_running - len(jobs) - self._writer.count_failed()  # they are in memory
-        limit = min(places, self._executor.free())
+        limit = min(places, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
         shared = sum(job.alone == model.Alone.SHARED for job in jobs)
@@ -346,6 +351,8 @@ class Runner:
         self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
         for one in claimed:
             self._start_thread(runs[one.job.id], self._analyze, one)
+        if len(claimed) == MAX_STARTS:
+            self._starts_at = 0.0  # there may be more
 
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
@@ -360,7 +367,8 @@ class Runner:
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
             elif room := self._room(receiver):
-                for job, event in self._journal.claim_due(receiver, now=now, limit=room):
+                limit = min(room, MAX_ATTEMPT_STARTS)
+                for job, event in self._journal.claim_due(receiver, now=now, limit=limit):
                     run = Run(job=job, is_posting=True, outcome=job.outcome)
                     self._runs[job.id] = run
                     self._start_thread(run, self._post, event)
@@ -515,15 +523,10 @@ class Runner:
     def _run_again(self, run: Run, again: model.Again) -> None:
         """Let a job wait for its next start."""
         seconds = again.pause_seconds
-        next_start_at = self._clock() + timedelta(seconds=seconds) if seconds else None
-        write = functools.partial(
-            self._journal.run_again,
-            run.job.id,
-            next_start_at=next_start_at,
-            has_started=run.started_at is not None,
-            is_alone=again.is_alone,
-            error=again.error,
-        )
+
+        def write() -> None:
+            has_started = run.started_at is not None
+            self._journal.run_again(run.job.id, again, now=self._clock(), has_started=has_started)
 
         def then(answer: Any) -> None:
             self._leave(run)
@@ -544,8 +547,8 @@ class Runner:
         answer = queue.SimpleQueue[Any]()
         run.times_out_at = math.inf
 
-        def write() -> bool:
-            run.is_posting = False
+        def write() -> bool:  # in the loop
+            run.is_posting = False  # it is not to count itself
             is_late = self._held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
             run.is_posting = True  # its place is free
             due_at = ending.finished_at if is_late else None
@@ -612,7 +615,7 @@ class Runner:
             if run := self._runs.get(job.id):
                 run.outcome = ending.outcome
             self._executor.stop(job.id)
-            self._tick_at = 0.0  # it may have been one of those that wait
+            self._tick_at = 0.0  # count those that wait: it may have been one of them
             self._ended(job, ending, is_due=True)
 
         return follow_up

@@ -2,12 +2,16 @@
 
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jobs.errors import JournalError, JournalLost, Refusal
 from jobs.journal import Journal
+
+#: After so many seconds no more writes are tried alone, as when another program locks the journal.
+MAX_SECONDS = 0.5
 
 log = logging.getLogger("postback")
 
@@ -58,7 +62,8 @@ class Writer:
     def write(self, *, retry: bool = False) -> None:
         """Write what was handed over, in one transaction.
 
-        When that fails, any of it may be to blame, so each is written alone.
+        When that fails, any of it may be to blame, so each is written alone, as far as there is
+        time: the loop must go on.
 
         Args:
             retry: Try again, too, what failed before.
@@ -71,12 +76,13 @@ class Writer:
         writes += self._failed if retry else []
         if not writes:
             return
+        deadline = time.monotonic() + MAX_SECONDS
         try:
             with self._journal.transaction():
                 answers = [_answer(one) for one in writes]
         except Exception as exc:  # noqa: BLE001 - it is logged
             _log(exc)
-            answers = [self._write_alone(one) for one in writes]
+            answers = [self._write_alone(one, deadline) for one in writes]
         told = list(zip(writes, answers, strict=True))
         self._failed = failed + [one for one, answer in told if isinstance(answer, JournalError)]
         failures = (answer for answer in answers if isinstance(answer, JournalError))
@@ -91,7 +97,9 @@ class Writer:
         """Return how many of those that failed are to be tried again."""
         return len(self._failed)
 
-    def _write_alone(self, one: _Write) -> Any:
+    def _write_alone(self, one: _Write, deadline: float) -> Any:
+        if time.monotonic() > deadline:
+            return JournalError("The journal takes too long to be written.")
         try:
             with self._journal.transaction():
                 return _answer(one)

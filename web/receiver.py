@@ -7,13 +7,13 @@ its commit. It answers garbage with 401 or 400, never 500.
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,7 +116,7 @@ def main() -> None:
         print(exc, file=sys.stderr)
         sys.exit(78)
     application = _application(options.host, journal, settings)
-    prune = functools.partial(_prune, journal, settings)
+    prune = _pruning(journal, settings)
     server.start(application, lambda: journal.transaction(durable=True), prune)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{server.port}/postprocessed"
@@ -137,13 +137,21 @@ def _application(host: str, journal: Journal, settings: config.Config) -> Applic
     return application
 
 
-def _prune(journal: Journal, settings: config.Config) -> float:
-    """Remove postbacks that are older than any attempt that could repeat them."""
+def _pruning(journal: Journal, settings: config.Config) -> Callable[[], float]:
+    """Return what removes postbacks that are older than any attempt that could repeat them."""
     seconds = max(settings.retention_seconds, sum(settings.postback_schedule_seconds))
-    with contextlib.suppress(errors.JournalError):  # logged where it was found
-        before = model.utc_now() - timedelta(seconds=seconds)
-        journal.prune_received(before=before, limit=PRUNE_LIMIT)
-    return PRUNE_SECONDS
+    next_at = 0.0
+
+    def prune() -> float:
+        nonlocal next_at
+        if time.monotonic() >= next_at:
+            next_at = time.monotonic() + PRUNE_SECONDS
+            with contextlib.suppress(errors.JournalError):  # logged where it was found
+                before = model.utc_now() - timedelta(seconds=seconds)
+                journal.prune_received(before=before, limit=PRUNE_LIMIT)
+        return PRUNE_SECONDS
+
+    return prune
 
 
 def _print(text: str) -> None:

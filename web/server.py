@@ -198,8 +198,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             application: A handler that has checked a request may set `environ["postback.write"]`.
                 That is called inside a transaction, and returns the answer. What is appended to
                 `environ["postback.after"]` is called once the answer was sent.
-            turn: A transaction for the short requests of a turn. If it fails, the answers of those
-                that write become a 503, and what they appended is not called.
+            turn: A transaction for what the requests of a turn write. If it fails, their answers
+                become a 503, and what they appended is not called.
             work: What else the loop does after each turn. Returns after how many seconds to call it
                 again at the latest.
             on_answer: Is called with each answer that was sent.
@@ -237,11 +237,18 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 wasyncore.poll2(0.0 if self.short else min(seconds, TICK_SECONDS), self._map)
                 self._is_awake = True  # so that an answer of its own does not wake it
                 self._answer_short()
-                self._is_awake = False
-                seconds = self._work()
             except Exception:
                 log.exception("server failed")
                 threading.Event().wait(PAUSE_SECONDS)
+            self._is_awake = False  # before it looks at anything, so that no waking is lost
+            seconds = self._do_work()
+
+    def _do_work(self) -> float:
+        try:
+            return self._work()
+        except Exception:
+            log.exception("server failed")
+            return PAUSE_SECONDS
 
     def _is_answering(self) -> bool:
         channels = self.active_channels.values()
@@ -252,14 +259,16 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """Answer what is short or was checked. Send the answers after the commit."""
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
         for task in batch:
-            if not task.to_store:  # otherwise a thread has asked
+            if not task.to_store:  # a thread has asked already those that have one
                 task.run(task.ask)
         if writing := [task for task in batch if task.to_store]:
             self._store(writing)
-        for task in batch:
-            HTTPChannel.service(task.channel)
-        for task in batch:
-            task.follow_up()
+        try:
+            for task in batch:
+                HTTPChannel.service(task.channel)
+        finally:
+            for task in batch:
+                task.follow_up()
 
     def _store(self, tasks: Sequence["_Task"]) -> None:
         """Make the answers that need a transaction, in one."""

@@ -215,6 +215,21 @@ def test_a_worker_that_is_asked_to_end_just_before_the_service_crashes_no_job(on
     assert call.wait() == model.Again()
 
 
+def test_a_stop_of_a_job_whose_worker_has_just_ended_starts_no_second_one(start, tmp_path):
+    one = start()
+    calls = [Call(one, "hang", str(tmp_path / str(number))) for number in range(2)]
+    for number, call in enumerate(calls):
+        mark(call, tmp_path / str(number))
+    [pid] = [worker.pid for worker in one._workers]
+
+    os.kill(pid, signal.SIGTERM)
+    poll(lambda: pid not in [worker.pid for worker in one._workers], "the end of its worker")
+    calls[0].stop()
+
+    assert [call.wait() for call in calls] == [None, model.Again(is_alone=True)]
+    assert [thread.name for thread in threading.enumerate()].count("worker") == 1
+
+
 # Stopped jobs
 
 

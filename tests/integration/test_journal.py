@@ -63,8 +63,8 @@ def record(one: Journal, job: Job, error: str | None = None, wait: float | None 
     return one.record(job, attempt, now=NOW)
 
 
-def again(one: Journal, job: Job, **options: Any) -> None:
-    one.run_again(job.id, **{"next_start_at": None, **options})
+def again(one: Journal, job: Job, *, has_started: bool = True, **options: Any) -> None:
+    one.run_again(job.id, model.Again(**options), now=NOW, has_started=has_started)
 
 
 def resend_all(one: Journal, since: datetime = NOW, now: datetime = NOW) -> int:
@@ -258,7 +258,7 @@ def test_of_the_jobs_that_were_interrupted_often_only_so_many_are_claimed(opened
 
 
 def test_nothing_is_due_later_than_the_schedule_allows_when_the_clock_was_set_back(opened):
-    again(opened, running(opened), next_start_at=NOW + SECOND * 3600)
+    again(opened, running(opened), pause_seconds=3600.0)
     near, far = [delivering(opened, due_at=NOW + SECOND * n).id for n in (1, 3600)]
 
     opened.advance(latest=NOW + SECOND * 60)

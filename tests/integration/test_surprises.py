@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from jobs.model import Again
 from jobs.runner import Runner
+from jobs.writer import Writer
 from tests.conftest import ACT
 from tests.harness import ROOT, act, environment, events, failing, poll, refusal
 from tests.integration.test_executor import SHARED, Call
@@ -227,6 +229,25 @@ def limit_pages(journal, *, more):
     with journal._lock:
         [count] = journal._connection.execute("PRAGMA page_count").fetchone()
         journal._connection.execute(f"PRAGMA max_page_count = {count + more}").fetchone()
+
+
+def test_a_journal_that_another_program_locks_is_waited_for_once(start_hasty):
+    executed: list[str] = []
+    told: list[None] = []
+    journal = start_hasty().journal
+    writer = Writer(journal, on_write=lambda: None)
+    for _ in range(3):
+        writer.hand_over(journal.probe, told.append)
+
+    with closing(sqlite3.connect(journal._path)) as other, journal._lock:
+        other.execute("BEGIN IMMEDIATE")
+        journal._connection.set_trace_callback(executed.append)
+        writer.write()
+        journal._connection.set_trace_callback(None)
+
+    assert (executed.count("BEGIN IMMEDIATE"), writer.count_failed(), told) == (1, 3, [])
+    writer.write(retry=True)
+    assert told == [None] * 3
 
 
 # What fails behind a commit
