@@ -544,8 +544,9 @@ def _main(descriptor: str, log_level: str, name: str) -> None:
         control.sendall(" ".join(str(exc).split()).encode(errors="replace") + b"\n")
         sys.exit(78)
     _log_plainly(log_level)
-    control.sendall(READY)
     try:
+        with suppress(OSError):  # the service has ended meanwhile
+            control.sendall(READY)
         _serve(control, analyze)
     finally:
         os.killpg(0, signal.SIGKILL)
