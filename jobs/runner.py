@@ -126,7 +126,7 @@ class Runner:
     # What the service asks for
 
     def start(self) -> None:
-        """Resume what is unfinished, and begin to work."""
+        """Make what is unfinished ready to go on. Call it once, before the loop calls `work`."""
         now = self._clock()
         crashed, self._waiting = self._journal.resume(now=now, latest=self._latest(now))
         for job in crashed:
