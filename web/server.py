@@ -27,6 +27,7 @@ from typing import Any
 import bottle
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, WSGITask
 
@@ -36,6 +37,10 @@ from web import intake, logs
 #: Requests that the loop itself answers when their body has at most SHORT_BYTES.
 SHORT = frozenset({("POST", "/process"), ("POST", "/postprocessed"), ("GET", "/livez")})
 SHORT_BYTES = 64 * 1024
+
+#: Bytes that are read from a connection in one turn, and that waitress parses at once: some of what
+#: it does takes quadratic time.
+READ_BYTES, PIECE_BYTES = 16 * 1024, 2 * 1024
 
 #: Answers that wait for one commit.
 MAX_TURN = 64
@@ -69,7 +74,7 @@ _DETAILS = {
     404: "There is nothing at this path. The routes of the service are in GET /openapi.json. "
     "Postbacks are received at /postprocessed.",
     405: "This path does not allow this method; the header Allow lists the methods it allows.",
-    413: "The body is far too large; send at most MAX_BODY bytes.",
+    413: "The body is larger than MAX_BODY; send less, or have the operator raise it.",
     431: "The headers are too large; send at most 32 KiB.",
     500: "The service failed; its log says why.",
 }
@@ -172,7 +177,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             connection_limit=_connection_limit(),
             max_request_body_size=max_body_bytes + HEADROOM_BYTES,
             max_request_header_size=32 * 1024,
-            recv_bytes=SHORT_BYTES,
+            recv_bytes=READ_BYTES,
             outbuf_high_watermark=1 << 40,  # else a few slow readers take all threads for good
             channel_timeout=SILENCE_SECONDS,
             cleanup_interval=TICK_SECONDS,
@@ -350,7 +355,7 @@ class _Task(WSGITask):  # type: ignore[misc]
         self._body = b"".join(body)
         if hasattr(body, "close"):  # a file
             body.close()
-        self.to_store = environ.get("postback.write")
+        self.to_store = environ.pop("postback.write", None)
 
     def _start(self, status: str, headers: list[tuple[str, str]], *_: object) -> None:
         self.status, self.response_headers = status, headers
@@ -401,6 +406,7 @@ class _Task(WSGITask):  # type: ignore[misc]
                 callback()
             except Exception:
                 log.exception("answer not followed up")
+        self.request.task = None  # else both, and the answer, wait for the garbage collector
 
     def _tell(self) -> None:
         request, environ = self.request, self.environ or {}
@@ -419,6 +425,21 @@ class _Task(WSGITask):  # type: ignore[misc]
         self.channel.server.on_answer(answer)
 
 
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Reads a request, and refuses what waitress would answer wrongly or not at all."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the request line and the headers."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as exc:
+            raise ParsingError("The path or the Content-Length is not valid.") from exc
+        if "TRANSFER_ENCODING" in self.headers:  # RFC 9112, section 6.1
+            raise ParsingError("Transfer-Encoding needs HTTP/1.1.")
+        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
+            self.headers["CONNECTION"] = "close"  # one of several options (section 9.6)
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
     """A connection.
 
@@ -426,6 +447,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         lingers_until: When it is closed, by `time.monotonic()`, after its last answer was sent.
     """
 
+    parser_class = _Parser
     lingers_until = math.inf
     close_when_flushed: bool
 
@@ -461,10 +483,14 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_write(self) -> None:
         """Send. When the last answer was sent, linger before the connection is closed."""
-        if self.total_outbufs_len or not self.close_when_flushed:
+        if not self.close_when_flushed:
             super().handle_write()
             return
-        self.close_when_flushed = False
+        self.close_when_flushed = False  # or waitress would close it at once
+        super().handle_write()
+        if self.total_outbufs_len:
+            self.close_when_flushed = True
+            return
         self.lingers_until = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError):  # the caller has gone
             self.socket.shutdown(socket.SHUT_WR)
@@ -472,7 +498,10 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def received(self, data: bytes) -> bool:
         """Read bytes of requests, or throw them away, which shortens the time to linger."""
         if self.lingers_until == math.inf:
-            return bool(super().received(data))
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
+                super().received(piece if self.request else piece.lstrip(b"\r\n"))
+            return True
         self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
         if self.lingers_until < time.monotonic():
             self.handle_close()
@@ -545,9 +574,11 @@ def _listen(host: str, port: int) -> socket.socket:
 def _connection_limit() -> int:
     """Return how many connections there may be: half of the descriptors are for other things.
 
+    A connection may need two, because a large body or answer is kept in a file.
+
     The usual 1,024 descriptors are raised as far as the machine allows. poll() has no such limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    descriptors = max(soft, min(2 * CONNECTIONS, hard))
+    descriptors = max(soft, min(4 * CONNECTIONS, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
-    return min(CONNECTIONS, descriptors // 2)
+    return min(CONNECTIONS, descriptors // 4)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import requests
 from selenium import webdriver
 from selenium.common import exceptions
 from selenium.webdriver.common.keys import Keys
@@ -18,6 +19,8 @@ from tests.harness import Caller, RealProcess, act, poll
 from tests.receiver import reply
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+JSON = {"Content-Type": "application/json"}
 
 #: The page asks every 1.5 s, and a browser takes its time on a busy machine.
 PATIENCE_SECONDS = 20
@@ -341,6 +344,17 @@ def test_scripts_in_data_metadata_and_answers_are_only_text(page, posting, recei
     for place in ("#data", "#ending", "#facts", "#attempts tbody"):
         page.wait(place, "<script>")
     assert page.run("return document.title") == "Postback"
+
+
+def test_a_postback_of_an_odd_type_breaks_nothing(page, start_process):
+    service = start_process()
+    for event in (b'{"type": {"toString": 1, "valueOf": 1}}', b'{"type": 12345678901234567890}'):
+        requests.post(f"{service.base_url}/postprocessed", data=event, headers=JSON, timeout=10)
+
+    page.open(service)
+
+    page.wait("#received tbody", "not signed")
+    page.wait("#connection", "connected")
 
 
 # The service as it is

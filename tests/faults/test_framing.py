@@ -15,6 +15,7 @@ from tests.receiver import GARBAGE
 
 BODY = b'{"data": 1}'
 CODINGS = ("gzip, chunked", "identity", "xchunked")
+OPTIONS = "Connection: TE\r\nConnection: x, Close\r\n"
 SMUGGLED = here(wire.post(b'{"data": "smuggled"}'))
 
 
@@ -33,6 +34,7 @@ def client_hello() -> bytes:
         *cases("A01", 200, wire.post()),
         *cases("A02", 200, wire.chunked(BODY), wire.chunked(*(BODY[n : n + 1] for n in range(11)))),
         *cases("A02 MAX", 200, wire.chunked(wire.padded(MAX))),
+        *cases("A02 of 1", 200, wire.chunked(*(b"%c" % one for one in wire.padded(20_000)))),
         *cases("A03", 413, wire.chunked(wire.padded(MAX + 1)), wire.chunked(b"x" * 2 * MAX)),
         *cases("A04", 400, *(wire.chunked(BODY, end=end + b"\r\n\r\n") for end in (b"zz", b"-5"))),
         *cases("A04 0x5", 400, wire.chunked(BODY, end=b"0x5\r\nabcde\r\n0\r\n\r\n")),
@@ -43,10 +45,13 @@ def client_hello() -> bytes:
         *cases("A06 trailer", 200, wire.chunked(BODY, end=b"0\r\nX-Trailer: 1\r\n\r\n")),
         *cases("A07", 200, wire.chunked(BODY, extra="Content-Length: 3\r\n")),
         *cases("A08", 501, *(wire.chunked(BODY, coding=coding) for coding in CODINGS)),
+        case("A08 HTTP/1.0", wire.chunked(SMUGGLED).replace(b"/1.1", b"/1.0"), 400),
         *cases("A09", 400, *(wire.post(extra=f"Content-Length: {n}\r\n") for n in (11, 12))),
         *cases("A10", 400, *(wire.post(length=n) for n in (-5, "+3", "1_0", "abc", "0x3"))),
         *cases("A10 trailing blank", 200, wire.post(length="11 ")),
         *cases("A11", 413, wire.post(b"", length=10**30)),
+        *cases("A11 5,000 digits", 400, *(wire.post(length=n * 4999 + "11") for n in "09")),
+        case("A11 pipelined", wire.post() + wire.post(length="9" * 5000), 200, 400, rows=1),
         *cases("A12 zero", 400, wire.post(b"")),
         *cases("A12 neither", 411, wire.post().replace(b"Content-Length: 11\r\n", b"")),
         case("A13", wire.post(length=100)),
@@ -64,8 +69,10 @@ def client_hello() -> bytes:
         case("A19 HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404),
         case("A19 HTTP/9.9", b"GET /livez HTTP/9.9\r\n\r\n", 200),
         case("A19 TLS", client_hello()),
+        case("A19 target", b"GET http://[x/ HTTP/1.1\r\n\r\n", 400),
         case("A19 garbage", GARBAGE, 400),
-        *cases("A20", 200, b"\r\n\r\n" + wire.post()),
+        *cases("A20", 200, *(b"\r\n" * count + wire.post() for count in (2, 30_001))),
+        case("A21 one of several", wire.post(extra=OPTIONS) + wire.get(), 200, rows=1),
         case("A22", wire.post(extra="Idempotency-Key: a22\r\n") * 1000, *[200] * 1000, rows=1),
     ],
 )

@@ -291,7 +291,7 @@ function showReceived(postbacks) {
   rows(find("received"), postbacks, (postback) => postback.webhook_id, (row, postback) => {
     const [id, event, at, signature] = cells(row, 4);
     jobLink(id, postback.webhook_id);
-    put(event, String(postback.event.type ?? ""));
+    put(event, typeof postback.event.type === "string" ? postback.event.type : "");
     put(at, ago(postback.received_at));
     const isGood = postback.signature === "good";
     badge(signature, isGood ? "good" : "not signed", isGood ? "delivered" : "accepted");
