@@ -53,12 +53,14 @@ class Listener(NamedTuple):
 
     Attributes:
         started: The payload goes to a worker that is ready. The time limit counts from here.
+        ended: The analysis has ended, and how it did is about to be read. The limit counts no more.
         progressed: Is given a fraction and a note.
         kept: Is given JSON text, and returns when it is on disk. A Refusal that it raises becomes
             a RuntimeError in the analysis.
     """
 
     started: Callable[[], None]
+    ended: Callable[[], None]
     progressed: Callable[[float, str], None]
     kept: Callable[[str], None]
 
@@ -209,13 +211,7 @@ class WorkerExecutor:
             if run := self._runs.get(job_id):
                 run.is_stopped = True
                 run.hang_up()
-                if (one := run.worker) and one in self._workers:
-                    log.info("worker retired", extra={"pid": one.pid, "job_id": job_id})
-                    with suppress(OSError):  # without a thread for another one, it goes on
-                        if one.slots > 1 and not one.is_stale:
-                            _start_thread(self._keep)
-                        one.is_stale = True
-                    self._retire(one)
+                self._replace(run)
                 self._changed.notify_all()
 
     def drain(self) -> None:
@@ -263,6 +259,8 @@ class WorkerExecutor:
         run.has_begun = frames.read(1) == worker.START
         while True:
             kind, length = worker.FRAME.unpack(frames.read(worker.FRAME.size))
+            if kind in (worker.RESULT, worker.ERROR):
+                listener.ended()
             if kind == worker.RESULT and length > LARGE_BYTES:
                 run.is_large = self._permits.acquire()
             payload = frames.read(length)
@@ -299,6 +297,8 @@ class WorkerExecutor:
                 return model.Again()
             one = run.worker
             if run.is_stopped or one is None or not run.has_begun:
+                if run.connection and not run.is_stopped:
+                    self._replace(run)  # it can take no job: it has no descriptor or no thread left
                 return model.Again(pause_seconds=PAUSE_SECONDS)
             one.kill()  # if it has not ended, the analysis has closed the connection
             self._changed.wait_for(lambda: one not in self._workers)
@@ -328,6 +328,16 @@ class WorkerExecutor:
     def _serving(self) -> list[_Worker]:
         """Return the workers that are ready for any job, now or after another one."""
         return [one for one in self._workers if one.control and one.slots]
+
+    def _replace(self, run: _Run) -> None:
+        """Have another worker loaded in place of the one that a job is in."""
+        if (one := run.worker) and one in self._workers:
+            log.info("worker retired", extra={"pid": one.pid, "job_id": run.job.id})
+            with suppress(OSError):  # without a thread for another one, it goes on
+                if one.slots > 1 and not one.is_stale:
+                    _start_thread(self._keep)
+                one.is_stale = True
+            self._retire(one)
 
     def _retire(self, one: _Worker) -> None:
         if self._is_useless(one):
