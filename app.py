@@ -346,9 +346,6 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """Start the service, or do what the argument says."""
     options = _parser().parse_args(arguments)
     _open_standard_streams()
-    # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
-    signals = [one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         settings = config.load()
         logs.configure("error" if options.check else settings.log_level, settings.log_format)
@@ -359,6 +356,9 @@ def main(arguments: Sequence[str]) -> NoReturn:
             sys.exit(0)
     except ConfigError as exc:
         _refuse(exc)
+    # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
+    signals = [one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=_start, args=(service, settings), name="start", daemon=True).start()
     signal.sigwait(signals)
     threading.Thread(target=_stop, args=(service,), name="stop", daemon=True).start()
@@ -478,11 +478,13 @@ def _own_url(host: str, port: int) -> str:
 
 def _greet(service: Service, settings: Config) -> None:
     token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
+    is_ours = settings.analysis.startswith("processing:")  # another one expects other data
+    payload = """'{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'""" if is_ours else "@payload.json"
     text = (
         f"Postback listens on {service.base_url}\n"
         f"Results are posted to {config.without_password(service.postback_url)}\n"
         f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
-        """-d '{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'"""
+        f"-d {payload}"
     )
     with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
         print(text, flush=True)

@@ -7,6 +7,7 @@ not allow it. How the file is opened and what a commit means is in `jobs/storage
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -71,6 +72,7 @@ class Journal(Storage):
     ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
         super().__init__(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
+        self._keeping = threading.Lock()  # so that the loop competes with one of their threads only
 
     # Accept
 
@@ -152,8 +154,8 @@ class Journal(Storage):
             UPDATE jobs SET interrupted = 0, alone = CASE alone WHEN 2 THEN 0 ELSE alone END
              WHERE id = :id AND state = 'running'"""
         store = "INSERT OR REPLACE INTO kept SELECT seq, :value FROM jobs WHERE id = :id"
-        with self.transaction():
-            self._move(job_id, note, wanted="kept a value for")
+        with self._keeping, self.transaction():
+            self._move(job_id, note, wanted="given a value to keep")
             self._write(store, id=job_id, value=value)
 
     def run_again(
@@ -173,6 +175,7 @@ class Journal(Storage):
         statement = """
             UPDATE jobs SET state = 'accepted', next_start_at = :next_start_at,
                             starts = starts - :not_started, alone = max(alone, :is_alone),
+                            started_at = iif(:not_started AND starts = 1, NULL, started_at),
                             failures = failures + (:error IS NOT NULL),
                             last_error = coalesce(:error, last_error)
              WHERE id = :id AND state = 'running'"""
@@ -313,15 +316,8 @@ class Journal(Storage):
 
     def plan_stop(self) -> None:
         """Note that the service was told to stop, so that nobody is blamed for its end."""
-        with self.transaction(durable=True):
-            self._write("UPDATE service SET planned_stop = 1")
-
-    def set_analysis(self, name: str) -> str | None:
-        """Note which analysis the jobs are given from now on; return which one it was before."""
         with self.transaction():
-            before: str | None = self._fetch("SELECT analysis FROM service")[0][0]
-            self._write("UPDATE service SET analysis = :name", name=name)
-            return before
+            self._write("UPDATE service SET planned_stop = 1")
 
     def probe(self, *, durable: bool = False) -> None:
         """Write something that changes nothing, to see whether the journal can be written.
@@ -331,16 +327,6 @@ class Journal(Storage):
         """
         with self.transaction(durable=durable):
             self._write("UPDATE service SET planned_stop = planned_stop")
-
-    def put_back(self) -> None:
-        """Move running jobs back to `accepted`, all but those that ended the service too often."""
-        statement = """
-            UPDATE jobs SET state = 'accepted',
-                            alone = CASE WHEN interrupted >= :alone_from THEN 2 ELSE alone END
-             WHERE state = 'running' AND interrupted < :max_interrupted"""
-        limits = {"alone_from": model.ALONE_FROM, "max_interrupted": model.MAX_INTERRUPTED}
-        with self.transaction():
-            self._write(statement, **limits)
 
     def resume(self, *, now: datetime, latest: datetime) -> tuple[list[model.Job], int]:
         """Make everything due that was under way when the service ended.
@@ -355,13 +341,18 @@ class Journal(Storage):
         count = """
             UPDATE jobs SET interrupted = interrupted + (SELECT NOT planned_stop FROM service)
              WHERE state = 'running'"""
+        put_back = """
+            UPDATE jobs SET state = 'accepted',
+                            alone = CASE WHEN interrupted >= :alone_from THEN 2 ELSE alone END
+             WHERE state = 'running' AND interrupted < :max_interrupted"""
+        limits = {"alone_from": model.ALONE_FROM, "max_interrupted": model.MAX_INTERRUPTED}
         make_due = """
             UPDATE jobs SET next_attempt_at = :now
              WHERE state = 'delivering' AND next_attempt_at IS NULL"""
         with self.transaction():
             self._write(count)
             self._write("UPDATE service SET planned_stop = 0")
-            self.put_back()
+            self._write(put_back, **limits)
             self._write(make_due, now=now)
             self.advance(latest=latest)
             crashed = self._fetch("SELECT * FROM jobs WHERE state = 'running'")
@@ -473,7 +464,7 @@ class Journal(Storage):
         rows = self._read("SELECT state, result FROM results WHERE id = :id", id=job_id)
         row = _one(rows, job_id)
         if row["result"] is None:
-            raise MoveError(job_id, state=row["state"], wanted="read as a result")
+            raise MoveError(job_id, state=row["state"], wanted="asked for a result")
         return bytes(row["result"])
 
     def result_key(self, job_id: str) -> str | None:

@@ -49,6 +49,9 @@ TICK_SECONDS = 1.0
 #: wait long.
 MAX_STARTS, MAX_ATTEMPT_STARTS = 64, 16
 
+#: After a look for due attempts, none is made for so many times as long as it took.
+REST = 4
+
 #: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
 BATCH = 100
 BATCH_PAUSE_SECONDS = 0.02
@@ -121,7 +124,7 @@ class Runner:
         self._drained = threading.Event()  # the drain has ended
         # When the loop looks for each kind of work, by the monotonic clock.
         self._attempts_at = self._starts_at = self._prune_at = self._tick_at = self._work_at = 0.0
-        self._times_out_at = math.inf
+        self._times_out_at, self._rests_until = math.inf, 0.0
 
     # What the service asks for
 
@@ -136,10 +139,6 @@ class Runner:
             follow_up()
         if crashed or self._waiting:
             log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
-        name, before = self._config.analysis, self._journal.set_analysis(self._config.analysis)
-        if self._waiting and before not in (None, name):
-            facts = {"before": before, "now": name, "waiting": self._waiting}
-            log.warning("analysis changed", extra=facts)
 
     def accept(self, job: model.Job, body: bytes, *, idempotency_key: str | None = None) -> str:
         """Store a job, and return its id. It is durable when the open transaction is committed.
@@ -232,7 +231,7 @@ class Runner:
         if self._is_working:
             self._drained.wait(seconds)
         self._drained.set()
-        self._journal.put_back()
+        self._journal.plan_stop()  # again, because it may have failed
         return self._journal.count_unfinished()
 
     def _refuse(self) -> None:
@@ -272,7 +271,7 @@ class Runner:
             self._drained.set()
         times = [self._tick_at, self._times_out_at]
         if not self._is_draining:
-            times += [self._starts_at, self._attempts_at, self._prune_at]
+            times += [self._starts_at, max(self._attempts_at, self._rests_until), self._prune_at]
         return max(0.0, max(self._work_at, min(times)) - time.monotonic())
 
     def _work_once(self, now: float) -> None:
@@ -290,7 +289,7 @@ class Runner:
             self._release_due_starts()
         if self._waiting:
             self._start_accepted()
-        if now >= self._attempts_at:
+        if now >= max(self._attempts_at, self._rests_until):
             self._start_attempts()
         if now >= self._prune_at:
             self._prune()
@@ -357,7 +356,7 @@ class Runner:
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
         self._attempts_at, self._is_crowded = math.inf, False
-        now, next_seconds = self._clock(), PRUNE_SECONDS
+        now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
         # What is known of others is of no use any more.
         self._failing.intersection_update(receiver for receiver, _ in receivers)
@@ -374,6 +373,8 @@ class Runner:
                     self._start_thread(run, self._post, event)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
+        # With thousands of receivers it takes long, and the loop has more to do.
+        self._rests_until = time.monotonic() + REST * (time.monotonic() - began)
 
     def _held_seconds(self, receiver: str) -> float:
         """Return for how long this receiver wants no attempt."""
@@ -474,6 +475,7 @@ class Runner:
         """Have the analysis run, have its event stored, and make the first attempt."""
         listener = Listener(
             started=lambda: self._note_start(run),
+            ended=functools.partial(setattr, run, "times_out_at", math.inf),
             progressed=lambda fraction, note: self._note_progress(run, fraction, note),
             kept=lambda value: self._journal.keep(run.job.id, value),
         )
@@ -524,10 +526,6 @@ class Runner:
         """Let a job wait for its next start."""
         seconds = again.pause_seconds
 
-        def write() -> None:
-            has_started = run.started_at is not None
-            self._journal.run_again(run.job.id, again, now=self._clock(), has_started=has_started)
-
         def then(answer: Any) -> None:
             self._leave(run)
             if isinstance(answer, Exception):  # it was canceled at this very moment
@@ -539,13 +537,15 @@ class Runner:
             facts = {"seconds": seconds, "alone": again.is_alone or None}
             log.info("analysis to run again", extra=run.job.facts | facts)
 
+        now, has_started = self._clock(), run.started_at is not None
+        run_again = self._journal.run_again
+        write = functools.partial(run_again, run.job.id, again, now=now, has_started=has_started)
         self._writer.hand_over(write, then)
 
     def _store(self, run: Run, given: model.Ending) -> bytes | None:
         """Store how the analysis ended; return the event if this thread is to post it now."""
         ending, event = self._prepare(run.job, given)
         answer = queue.SimpleQueue[Any]()
-        run.times_out_at = math.inf
 
         def write() -> bool:  # in the loop
             run.is_posting = False  # it is not to count itself

@@ -134,7 +134,6 @@ CREATE INDEX received_by_age ON received (received_at);
 
 -- One row: whether the service was told to stop, so that its end is nobody's fault.
 CREATE TABLE service (
-    planned_stop INTEGER NOT NULL CHECK (planned_stop IN (0, 1)),
-    analysis     TEXT  -- the setting ANALYSIS of the last start
+    planned_stop INTEGER NOT NULL CHECK (planned_stop IN (0, 1))
 ) STRICT;
 INSERT INTO service (planned_stop) VALUES (0);

@@ -1,4 +1,3 @@
-# ruff: noqa: SLF001 - a storage and its transactions are one thing
 """The SQLite file of the journal: its lock, its connections, its transactions, and its errors.
 
 It knows how the file is opened, when a commit survives a power cut, and which errors of SQLite mean
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 3
 PRAGMAS: Mapping[str, str | int] = {
     "journal_mode": "wal",
     "foreign_keys": 1,
+    "secure_delete": 0,  # some builds overwrite what is deleted, which takes seconds for large jobs
     "journal_size_limit": 64 * 1024 * 1024,  # after a burst the write-ahead log shrinks to this
 }
 
@@ -50,6 +51,22 @@ BUSY_SECONDS = 1.0
 _SINCE = " since "
 
 log = logging.getLogger("postback")
+
+
+@dataclass(slots=True)
+class _Transaction:
+    """The open transaction.
+
+    Attributes:
+        durable: Whether its commit must survive a power cut.
+        began: By time.perf_counter().
+        failure: Why it can no longer be committed.
+    """
+
+    durable: bool
+    began: float
+    failure: JournalError | None = None
+
 
 # How Python's values are written: instants in their one form, mappings as JSON.
 sqlite3.register_adapter(datetime, model.text_of)
@@ -79,7 +96,7 @@ class Storage:
         # Only the thread that holds the lock uses the writing connection.
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
-        self._transaction: Transaction | None = None
+        self._transaction: _Transaction | None = None
         self._is_full: bool | None = None  # what `synchronous` is set to
         self._lock_file: IO[str] | None = None
         self._inodes: list[tuple[int, int]] = []  # of the open files
@@ -131,7 +148,8 @@ class Storage:
         """Return the size of the file and of its write-ahead log."""
         return sum(status.st_size for status in self._stat("", "-wal"))
 
-    def transaction(self, *, durable: bool = False) -> "Transaction":
+    @contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[None]:
         """Commit together whatever is written inside; nothing of it when anything fails.
 
         The same thread may open another one inside, which then is part of this one. When the inner
@@ -142,9 +160,29 @@ class Storage:
                 answer depends on it. Every commit survives the end of the process.
 
         Raises:
-            JournalError: At the end. Nothing was committed.
+            JournalError: Nothing was committed.
         """
-        return Transaction(self, durable=durable)
+        with self._lock:
+            outer, changes = self._transaction, self._count_changes()
+            try:
+                if outer is None:
+                    mine = self._begin(durable=durable)
+                elif outer.durable < durable:
+                    raise AssertionError("A durable one in one that is not.")  # noqa: TRY301
+                yield
+                if outer is None:
+                    self._commit(mine, changes)
+            except BaseException:
+                if outer and self._count_changes() != changes:  # half must not be committed
+                    text = "A part of the transaction failed."
+                    outer.failure = outer.failure or JournalError(text)
+                raise
+            finally:
+                if outer is None:
+                    self._transaction = None
+                    if self._connection and self._connection.in_transaction:
+                        with contextlib.suppress(sqlite3.Error):
+                            self._connection.execute("ROLLBACK")
 
     def _write(self, statement: str, **values: Any) -> int:
         """Execute a statement inside the open transaction; return how many rows it changed."""
@@ -184,10 +222,7 @@ class Storage:
         if transaction.failure:
             raise transaction.failure
         try:
-            connection = self._usable()
-            if transaction.began is None:
-                self._begin(connection, transaction)
-            cursor = connection.execute(statement, values)
+            cursor = self._usable().execute(statement, values)
             return cursor.fetchall(), cursor.rowcount
         except sqlite3.Error as exc:
             # SQLite may have rolled back by itself, as it does when the disk is full.
@@ -197,33 +232,26 @@ class Storage:
             transaction.failure = JournalError("There was no memory for the transaction.")
             raise
 
-    def _begin(self, connection: sqlite3.Connection, transaction: "Transaction") -> None:
-        if transaction.durable:
+    def _begin(self, *, durable: bool) -> _Transaction:
+        connection = self._usable()
+        if durable:
             self._refuse_replaced()
-        if transaction.durable is not self._is_full:  # inside of a transaction it is refused
-            connection.execute(f"PRAGMA synchronous = {2 if transaction.durable else 1}")
-            self._is_full = transaction.durable
-        connection.execute("BEGIN IMMEDIATE")
-        transaction.began = time.perf_counter()
+        try:
+            if durable is not self._is_full:  # inside of a transaction it is refused
+                connection.execute(f"PRAGMA synchronous = {2 if durable else 1}")
+                self._is_full = durable
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as exc:
+            raise self._failed(exc) from exc
+        self._transaction = _Transaction(durable, time.perf_counter())
+        return self._transaction
 
     def _count_changes(self) -> int:
         return self._connection.total_changes if self._connection else 0
 
-    def _end(self, transaction: "Transaction", *, commit: bool) -> None:
-        try:
-            if commit:
-                self._commit(transaction)
-        finally:
-            self._transaction = None
-            if self._connection and self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
-                    self._connection.execute("ROLLBACK")
-
-    def _commit(self, transaction: "Transaction") -> None:
+    def _commit(self, transaction: _Transaction, changes: int) -> None:
         if transaction.failure:
             raise transaction.failure
-        if transaction.began is None:
-            return
         try:
             self._usable().execute("COMMIT")
         except sqlite3.Error as exc:
@@ -232,7 +260,7 @@ class Storage:
             if transaction.durable:
                 self._on_commit(time.perf_counter() - transaction.began)
             # A commit without changes does not touch the disk.
-            if self._failure and self._count_changes() != transaction.changes_before:
+            if self._failure and self._count_changes() != changes:
                 self._failure = None
                 log.warning("journal recovered")
 
@@ -315,48 +343,6 @@ class Storage:
     def _refusal(self, text: str) -> ConfigError:
         line = text.replace("\n", " ")  # SQLite describes damage in several lines
         return ConfigError([f"JOURNAL={str(self._path)!r}: {line}"])
-
-
-class Transaction:
-    """A transaction of the writing connection, or a part of the one that is open.
-
-    Attributes:
-        durable: Whether its commit must survive a power cut.
-        began: When its first statement was executed (perf_counter); None before.
-        changes_before: How many rows the connection had changed when it was entered.
-        failure: Why it can no longer be committed.
-    """
-
-    __slots__ = ("_outer", "_storage", "began", "changes_before", "durable", "failure")
-
-    def __init__(self, storage: Storage, *, durable: bool) -> None:
-        self._storage, self.durable = storage, durable
-        self.began: float | None = None
-        self.failure: JournalError | None = None
-
-    def __enter__(self) -> None:
-        """Take the lock, and join the transaction that this thread has open, if there is one."""
-        storage = self._storage
-        storage._lock.acquire()
-        self._outer = storage._transaction
-        if self._outer is None:
-            storage._transaction = self
-        elif self._outer.durable < self.durable:
-            storage._lock.release()
-            raise AssertionError("A durable transaction cannot be part of one that is not.")
-        self.changes_before = storage._count_changes()
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        """Commit, unless something failed or this is only a part."""
-        storage, outer = self._storage, self._outer
-        try:
-            if outer is None:
-                storage._end(self, commit=exc is None)
-            elif exc and storage._count_changes() != self.changes_before:
-                # Half of it must not be committed.
-                outer.failure = outer.failure or JournalError("A part of the transaction failed.")
-        finally:
-            storage._lock.release()
 
 
 def _connect(database: str) -> sqlite3.Connection:

@@ -71,9 +71,10 @@ class Writer:
         Raises:
             JournalLost: The journal can no longer be trusted.
         """
+        if retry:
+            self._writes.extend(self._failed)
+            self._failed, self.failure = [], None
         writes = [self._writes.popleft() for _ in range(len(self._writes))]
-        failed = [] if retry else self._failed
-        writes += self._failed if retry else []
         if not writes:
             return
         deadline = time.monotonic() + MAX_SECONDS
@@ -83,12 +84,11 @@ class Writer:
         except Exception as exc:  # noqa: BLE001 - it is logged
             _log(exc)
             answers = [self._write_alone(one, deadline) for one in writes]
-        told = list(zip(writes, answers, strict=True))
-        self._failed = failed + [one for one, answer in told if isinstance(answer, JournalError)]
-        failures = (answer for answer in answers if isinstance(answer, JournalError))
-        self.failure = next(failures, self.failure) if self._failed else None
-        for one, answer in told:
-            if not isinstance(answer, JournalError):
+        for one, answer in zip(writes, answers, strict=True):
+            if isinstance(answer, JournalError):
+                self._failed.append(one)
+                self.failure = answer
+            else:
                 _tell(one, answer)
         if isinstance(self.failure, JournalLost):
             raise self.failure

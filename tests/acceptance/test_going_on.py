@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import wire
 from tests.harness import act, events, poll
 
 EXECUTORS = pytest.mark.parametrize("executor", ["thread", "process"])
@@ -74,6 +75,23 @@ def test_a_kept_value_outlives_a_failure_that_is_run_again(start_process, tmp_pa
     job = service.wait_for(service.send(keep(tmp_path, act("fail", 1))))
 
     assert job["result"] == [2, [1, "ä"]]
+
+
+def test_a_stop_that_waits_for_a_slow_reader_fails_no_job_that_keeps(start_process, tmp_path):
+    service = start_process(DRAIN="50ms")
+    large = service.send(act("large", 30_000_000))
+    service.wait_for(large)
+    steps = tmp_path / "steps"
+    counting = service.send(act("count", [40, str(steps)]))
+    poll(steps.exists, "a step")
+
+    with wire.connected(service) as (conn, _):
+        conn.sendall(wire.get(f"/jobs/{large}/result").replace(b": x", b": localhost"))
+        conn.recv(1000)
+        service.end()
+    service.start()
+
+    assert service.wait_for(counting)["result"] == list(range(40))
 
 
 def test_a_kept_value_goes_when_the_job_ends(start_process, tmp_path):

@@ -179,16 +179,3 @@ def is_alive(pid: int) -> bool:
         return False
     with open(f"/proc/{pid}/stat", encoding="ascii") as stat:  # noqa: PTH123 - a line of the kernel
         return stat.read().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_a_start_with_another_analysis_warns_about_the_jobs_that_wait(start_process, gate):
-    service = start_process(MAX_RUNNING="1", DRAIN="100ms")
-    service.send(gate.data)
-    gate.wait_for(1)
-    service.send(1)
-
-    service.end()
-    service._env["ANALYSIS"] = "processing:analyze"
-    service.start()
-
-    service.wait_for_log("analysis changed before=tests.analyses:act now=processing:analyze")

@@ -98,6 +98,18 @@ def test_what_cannot_work_stops_the_start_with_a_line_each(settings, lines):
     assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), told
 
 
+def test_a_check_of_an_analysis_that_is_never_loaded_can_be_ended(tmp_path):
+    source = "import pathlib, time; pathlib.Path(__file__ + '.x').touch(); time.sleep(60)"
+    (tmp_path / "endless.py").write_text(source, encoding="ascii")
+    env = environment({"ANALYSIS": "endless:run", "PYTHONPATH": str(tmp_path)})
+
+    child = subprocess.Popen([sys.executable, "app.py", "--check"], cwd=ROOT, env=env)
+    poll((tmp_path / "endless.py.x").exists, "an import")
+    child.terminate()
+
+    assert child.wait(10) == -signal.SIGTERM
+
+
 def test_a_port_in_use_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = run(PORT=str(listener.getsockname()[1]))

@@ -128,7 +128,6 @@ OTHER: dict[str, Move] = {
 #: and these take what there is to take.
 QUIET: dict[str, Move] = {
     "claim": (lambda one, job: claim(one), {ACCEPTED}, RUNNING),
-    "put back": (lambda one, job: one.put_back(), {RUNNING}, ACCEPTED),
     "resend all": (lambda one, job: resend_all(one), {UNDELIVERED}, DELIVERING),
 }
 
@@ -214,6 +213,7 @@ def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     for begun, is_alone in zip(claim(opened), (False, True, True, True), strict=True):
         again(opened, begun.job, is_alone=is_alone, has_started=False)
 
+    assert {opened.job(one).started_at for one in ids} == {None}  # none has started
     claimed = [(one.job.id, one.job.alone) for one in claim(opened, max_shared=2)]
 
     assert claimed == [(ids[1], Alone.SHARED), (ids[2], Alone.SHARED), (ids[0], Alone.NO)]
