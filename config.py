@@ -291,7 +291,7 @@ def _unknown() -> Iterator[str]:
         if not name.startswith("POSTBACK_") or name in known or _KUBERNETES.match(f"{name}={text}"):
             continue
         close = difflib.get_close_matches(name.removeprefix("POSTBACK_"), similar, n=1)
-        hint = f"Did you mean {similar[close[0]]}?" if close else "See --help."
+        hint = f"Did you mean {similar[close[0]]}?" if close else "./run serve --help lists them."
         yield f"{name}: there is no such setting. {hint}"
 
 

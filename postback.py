@@ -48,7 +48,8 @@ def seconds_until_next(
     """
     if number > len(schedule):
         return None
-    return max(schedule[number - 1] * (1 + JITTER * (2 * random() - 1)), retry_after_seconds)
+    seconds = max(schedule[number - 1] * (1 + JITTER * (2 * random() - 1)), retry_after_seconds)
+    return round(seconds, 3)
 
 
 class Sender:

@@ -295,9 +295,20 @@ def _import(module_name: str) -> Any:
             where = f"looked in {Path.cwd()} and in PYTHONPATH"
             raise LoadError(f"there is no module {module_name!r} ({where})") from None
         if not missing or "." in missing:
-            raise LoadError(f"importing it raised {type(exc).__name__}: {exc}") from exc
+            where = "".join(f" ({place})" for place in _places(exc)[-1:])
+            raise LoadError(f"importing it raised {type(exc).__name__}: {exc}{where}") from exc
         line = f"add a line `{PACKAGES.get(missing, missing)}` to requirements-local.txt"
-        raise LoadError(f"it imports {missing!r}, which is not installed: {line}") from None
+        own = f"if {missing}.py is your own file, put it beside app.py"
+        text = f"it imports {missing!r}, which is not installed: {line}; {own}"
+        raise LoadError(text) from None
+
+
+def _places(exc: BaseException) -> list[str]:
+    """Return where something was raised, the innermost place last, but for our own frames."""
+    lines = [(one.f_code, number) for one, number in traceback.walk_tb(exc.__traceback__)]
+    places = [f"{code.co_filename}:{number} {code.co_name}" for code, number in lines]
+    ours = (__file__, "importlib")
+    return [_clean(one, 500) for one in places if not any(name in one for name in ours)]
 
 
 def _with_job(function: Callable[..., Any], name: str) -> Callable[[Any, Job], Any]:
@@ -354,12 +365,10 @@ def _error(exc: BaseException, kind: str | None = None) -> bytes:
         message = str(exc)
     except BaseException:  # noqa: BLE001 - an exception of the user's may not even print
         message = "(its message cannot be read)"
-    lines = [(one.f_code, number) for one, number in traceback.walk_tb(exc.__traceback__)]
-    frames = [f"{code.co_filename}:{number} {code.co_name}" for code, number in lines]
     facts = {
         "kind": kind or type(exc).__name__,
         "message": _clean(message, MAX_MESSAGE),
-        "frames": [_clean(one, 500) for one in frames if __file__ not in one][-MAX_FRAMES:],
+        "frames": _places(exc)[-MAX_FRAMES:],
         "may_run_again": kind is None,
     }
     return json.dumps(facts).encode()
@@ -561,13 +570,16 @@ def _analyze(path: str) -> None:
     name = os.environ.get("ANALYSIS") or "processing:analyze"
     _find_modules()
     try:
-        payload = json.loads(sys.stdin.read() if path == "-" else Path(path).read_bytes())
+        text = sys.stdin.read() if path == "-" else Path(path).read_bytes()
+        payload = json.loads(text, parse_constant=_refuse_constant)
     except OSError as exc:
         sys.exit(f"{path}: {exc.strerror}")
     except ValueError as exc:
         sys.exit(f"{'Standard input' if path == '-' else path} is not JSON: {exc}")
-    if not isinstance(payload, dict) or "data" not in payload:
-        sys.exit('The payload is not an object with "data": write {"data": ...}.')
+    # The service refuses more than that, but these are easily met.
+    if not isinstance(payload, dict) or payload.get("data") in (None, "", [], {}):
+        sys.exit('The payload needs "data" that is not null, "", [] or {}: write {"data": ...}.')
+    _log_plainly(os.environ.get("LOG_LEVEL") or "info")
     try:
         analyze = load(name)
         facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
@@ -577,6 +589,10 @@ def _analyze(path: str) -> None:
     except NotJSONError as exc:
         sys.exit(str(exc))
     print(json.dumps(json.loads(result), indent=2, ensure_ascii=False))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} must be null or a string")
 
 
 def _draw(fraction: float, note: str, _kept: str | None) -> None:

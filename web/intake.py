@@ -70,7 +70,7 @@ def read_payload(environ: Mapping[str, Any], *, max_bytes: int) -> Payload:
     body = read_body(environ, max_bytes=max_bytes)
     fields = parse(body, max_depth=MAX_DEPTH + 1)  # the payload's own braces are a level
     if not isinstance(fields, dict):
-        raise _invalid('The body is not a JSON object; send {"data": …}.')
+        raise _invalid('The body is not a JSON object; send {"data": ...}.')
     if problems := list(_problems(fields)):
         raise _invalid(" ".join(problems))
     return Payload(
@@ -93,7 +93,8 @@ def read_body(environ: Mapping[str, Any], *, max_bytes: int) -> bytes:
         raise errors.Refusal(411, "Length required", detail)
     length = int(environ["CONTENT_LENGTH"])
     if length > max_bytes:
-        detail = f"The body is too large; send at most {max_bytes} bytes."
+        detail = f"The body is larger than MAX_BODY, {max_bytes} bytes; "
+        detail += "send less, or have the operator raise it."
         raise errors.Refusal(413, "Body too large", detail)
     if not length:
         raise _invalid('The body is empty; send JSON such as {"data": 1}.')

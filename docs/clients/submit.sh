@@ -1,5 +1,5 @@
 #!/bin/sh
-# Send a payload, and wait until its job has ended. usage: submit.sh '{"data": [3, 1, 4]}'
+# Send a payload, and wait until its job has ended. usage: submit.sh '{"data": [3, 1, 4]}', or @FILE
 set -eu
 url=${POSTBACK:-http://127.0.0.1:8080}
 

@@ -170,7 +170,9 @@ def test_the_default_analysis_reads_standard_input():
         ("tests.analyses:unserialisable", '{"data": 1}', 'result["rows"][0] is a set: use'),
         ("tests.analyses:nowhere", '{"data": 1}', "ANALYSIS='tests.analyses:nowhere': the module"),
         ("tests.analyses:echo", "{", "Standard input is not JSON: Expecting property name"),
-        ("tests.analyses:echo", "[]", 'The payload is not an object with "data"'),
+        ("tests.analyses:echo", '{"data": [NaN]}', "not JSON: NaN must be null or a string"),
+        ("tests.analyses:echo", "[]", 'The payload needs "data" that is not null'),
+        ("tests.analyses:echo", '{"data": []}', 'The payload needs "data" that is not null'),
     ],
 )
 def test_what_goes_wrong_is_said_in_the_terminal(name, text, message):

@@ -155,7 +155,7 @@ def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
     assert sorted(problems()) == [
         "DASK_SCHEDULER: EXECUTOR=dask needs it, such as tcp://127.0.0.1:8786",
         "PORT='http': expected a whole number from 0 to 65535",
-        "POSTBACK_RETRIES: there is no such setting. See --help.",
+        "POSTBACK_RETRIES: there is no such setting. ./run serve --help lists them.",
         "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m",
     ]
 
@@ -165,7 +165,7 @@ def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
     [
         ("POSTBACK_SECRET_FIEL", "Did you mean POSTBACK_SECRET_FILE?"),
         ("POSTBACK_PORT", "Did you mean PORT?"),
-        ("POSTBACK_XYZZY_PLUGH_FROBOZZ_QUUX", "See --help."),
+        ("POSTBACK_XYZZY_PLUGH_FROBOZZ_QUUX", "./run serve --help lists them."),
     ],
 )
 def test_an_unknown_name_with_our_prefix_is_refused_with_a_suggestion(monkeypatch, name, hint):

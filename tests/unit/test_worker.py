@@ -266,7 +266,9 @@ def test_a_malformed_name_is_refused_with_the_right_form(name):
     [
         ("def run(:", "importing it raised SyntaxError: invalid syntax"),
         ("import sys; sys.exit(3)", "importing it raised SystemExit: 3"),
+        ("import os\nos.stat('/no')", "No such file or directory: '/no' ({path}:2 <module>)"),
         ("import nowhere", "it imports 'nowhere', which is not installed: add a line `nowhere` to"),
+        ("import nowhere", "if nowhere.py is your own file, put it beside app.py"),
         ("import sklearn.svm", "add a line `scikit-learn` to requirements-local.txt"),
     ],
 )
@@ -280,4 +282,4 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, sour
     with pytest.raises(worker.LoadError) as caught:
         worker.load("own_shop:run")
 
-    assert problem in str(caught.value)
+    assert problem.format(path=tmp_path / "own_shop.py") in str(caught.value)
