@@ -479,12 +479,12 @@ def _own_url(host: str, port: int) -> str:
 def _greet(service: Service, settings: Config) -> None:
     token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
     is_ours = settings.analysis.startswith("processing:")  # another one expects other data
-    payload = """'{"data": [3, 1, 4, 1, 5, 9, 2, 6]}'""" if is_ours else "@payload.json"
+    data = "[3, 1, 4, 1, 5, 9, 2, 6]" if is_ours else "..."
     text = (
         f"Postback listens on {service.base_url}\n"
         f"Results are posted to {config.without_password(service.postback_url)}\n"
         f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
-        f"-d {payload}"
+        f"""-d '{{"data": {data}}}'"""
     )
     with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
         print(text, flush=True)

@@ -72,7 +72,7 @@ def client_hello() -> bytes:
         case("A19 target", b"GET http://[x/ HTTP/1.1\r\n\r\n", 400),
         case("A19 garbage", GARBAGE, 400),
         *cases("A20", 200, *(b"\r\n" * count + wire.post() for count in (2, 30_001))),
-        case("A21 one of several", wire.post(extra=OPTIONS) + wire.get(), 200, rows=1),
+        case("Connection with options", wire.post(extra=OPTIONS) + wire.get(), 200, rows=1),
         case("A22", wire.post(extra="Idempotency-Key: a22\r\n") * 1000, *[200] * 1000, rows=1),
     ],
 )
