@@ -80,7 +80,7 @@ class DaskExecutor:
         try:
             import distributed
         except ImportError as exc:
-            text = "EXECUTOR='dask': its packages are missing: ./run --check installs them"
+            text = "EXECUTOR='dask': install requirements-dask.txt, as ./run does with this setting"
             raise errors.ConfigError([f"{text} ({exc})"]) from exc
         self._distributed = distributed
         for name in ("distributed", "tornado"):  # our own log has one line for each change
@@ -232,8 +232,6 @@ def _has_ended(news: _News, listener: Listener) -> bool:
             listener.progressed(*one)
     if one == "lost":
         raise ConnectionError
-    if one == "ended":
-        if not has_started:  # its reports may come later than its result
-            listener.started()
-        listener.ended()
+    if one == "ended" and not has_started:  # its reports may come later than its result
+        listener.started()
     return one == "ended"

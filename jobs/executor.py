@@ -4,8 +4,9 @@ The service's own process never runs the user's code. Each job has a connection 
 worker, and the job's own thread talks over it (see jobs/worker.py). The kernel tells when a worker
 has ended. The end of a connection does not, because a grandchild may hold it open.
 
-A worker that still runs a job whose outcome was decided elsewhere (timed out, canceled) is stale.
-Another one is loaded in its place, and it is killed as soon as no other job needs it.
+A worker is stale when it can take no more jobs, or still runs one whose outcome was decided
+elsewhere (timed out, canceled). Another one is loaded in its place, and it is killed as soon as no
+other job needs it.
 """
 
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -26,6 +28,9 @@ from jobs import errors, model, worker
 
 #: A result of more bytes counts as large. So many large ones are held in memory at once.
 LARGE_BYTES, MAX_LARGE = 1024**2, 2
+
+#: How long a large result may stop on its way, as the kernel reads it: seconds and microseconds.
+RESULT_TIMEOUT = struct.pack("ll", 60, 0)
 
 #: Seconds between log lines while the first worker loads.
 LOADING_SECONDS = 10.0
@@ -42,6 +47,9 @@ POLITE = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 #: Seconds until the news that the service is to stop, after a worker was asked to end, at most.
 STOP_SECONDS = 0.5
 
+#: Seconds until the end of a worker is told, at most.
+TOLD_SECONDS = 0.1
+
 #: Seconds that `close` waits for the workers to end.
 CLOSE_SECONDS = 1.0
 
@@ -53,7 +61,7 @@ class Listener(NamedTuple):
 
     Attributes:
         started: The payload goes to a worker that is ready. The time limit counts from here.
-        ended: The analysis has ended, and how it did is about to be read. The limit counts no more.
+        ended: The analysis has ended, but its result may wait for others. The limit counts no more.
         progressed: Is given a fraction and a note.
         kept: Is given JSON text, and returns when it is on disk. A Refusal that it raises becomes
             a RuntimeError in the analysis.
@@ -263,6 +271,7 @@ class WorkerExecutor:
                 listener.ended()
             if kind == worker.RESULT and length > LARGE_BYTES:
                 run.is_large = self._permits.acquire()
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RESULT_TIMEOUT)
             payload = frames.read(length)
             if kind in (worker.RESULT, worker.ERROR):
                 return ending_of(kind, payload)
@@ -296,10 +305,10 @@ class WorkerExecutor:
             if self._is_draining:
                 return model.Again()
             one = run.worker
+            if one and run.connection and not run.has_begun and not self._is_ending(one):
+                self._replace(run)  # it can take no job: it has no descriptor or no thread left
             if run.is_stopped or one is None or not run.has_begun:
-                if run.connection and not run.is_stopped:
-                    self._replace(run)  # it can take no job: it has no descriptor or no thread left
-                return model.Again(pause_seconds=PAUSE_SECONDS)
+                return model.Again(pause_seconds=PAUSE_SECONDS, has_started=run.has_begun)
             one.kill()  # if it has not ended, the analysis has closed the connection
             self._changed.wait_for(lambda: one not in self._workers)
             is_polite = -(one.code or 0) in POLITE
@@ -328,6 +337,11 @@ class WorkerExecutor:
     def _serving(self) -> list[_Worker]:
         """Return the workers that are ready for any job, now or after another one."""
         return [one for one in self._workers if one.control and one.slots]
+
+    def _is_ending(self, one: _Worker) -> bool:
+        """Return whether a worker gets no more jobs, or has ended and it is told only now."""
+        gone = lambda: one.is_stale or one not in self._workers  # noqa: E731
+        return self._changed.wait_for(gone, TOLD_SECONDS)
 
     def _replace(self, run: _Run) -> None:
         """Have another worker loaded in place of the one that a job is in."""

@@ -72,7 +72,7 @@ class Journal(Storage):
     ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
         super().__init__(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
-        self._keeping = threading.Lock()  # so that the loop competes with one of their threads only
+        self._keeping = threading.Lock()  # one thread that keeps a value competes with the loop
 
     # Accept
 
@@ -316,7 +316,7 @@ class Journal(Storage):
 
     def plan_stop(self) -> None:
         """Note that the service was told to stop, so that nobody is blamed for its end."""
-        with self.transaction():
+        with self.transaction(durable=True):
             self._write("UPDATE service SET planned_stop = 1")
 
     def probe(self, *, durable: bool = False) -> None:
@@ -326,7 +326,8 @@ class Journal(Storage):
             durable: Whether all that was committed before must survive a power cut from now on.
         """
         with self.transaction(durable=durable):
-            self._write("UPDATE service SET planned_stop = planned_stop")
+            for _ in range(2):  # SQLite writes nothing where nothing changes
+                self._write("UPDATE service SET planned_stop = 1 - planned_stop")
 
     def resume(self, *, now: datetime, latest: datetime) -> tuple[list[model.Job], int]:
         """Make everything due that was under way when the service ended.

@@ -151,10 +151,12 @@ class Again:
         is_alone: Whether it must have a worker of its own, because it shared one that died.
         pause_seconds: How long to wait before.
         error: What it raised, where ANALYSIS_SCHEDULE repeats it.
+        has_started: False if it certainly has not.
     """
 
     is_alone: bool = False
     pause_seconds: float = 0.0
+    has_started: bool = True
     error: Mapping[str, str] | None = None
 
 

@@ -72,7 +72,7 @@ class Run:
         is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
         outcome: None until its analysis has ended, here or from outside.
         started_at: When its analysis began; None until the worker has said so.
-        times_out_at: By the monotonic clock; infinite until its analysis has begun.
+        times_out_at: By the monotonic clock; infinite before its analysis has begun, and after it.
         progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
     """
 
@@ -537,7 +537,7 @@ class Runner:
             facts = {"seconds": seconds, "alone": again.is_alone or None}
             log.info("analysis to run again", extra=run.job.facts | facts)
 
-        now, has_started = self._clock(), run.started_at is not None
+        now, has_started = self._clock(), again.has_started and run.started_at is not None
         run_again = self._journal.run_again
         write = functools.partial(run_again, run.job.id, again, now=now, has_started=has_started)
         self._writer.hand_over(write, then)
@@ -546,6 +546,7 @@ class Runner:
         """Store how the analysis ended; return the event if this thread is to post it now."""
         ending, event = self._prepare(run.job, given)
         answer = queue.SimpleQueue[Any]()
+        run.times_out_at = math.inf
 
         def write() -> bool:  # in the loop
             run.is_posting = False  # it is not to count itself

@@ -307,7 +307,7 @@ def _places(exc: BaseException) -> list[str]:
     """Return where something was raised, the innermost place last, but for our own frames."""
     lines = [(one.f_code, number) for one, number in traceback.walk_tb(exc.__traceback__)]
     places = [f"{code.co_filename}:{number} {code.co_name}" for code, number in lines]
-    ours = (__file__, "importlib")
+    ours = (__file__, "<frozen importlib", importlib.__file__)
     return [_clean(one, 500) for one in places if not any(name in one for name in ours)]
 
 
@@ -463,7 +463,7 @@ def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, number)
             try:  # a threading.Thread costs 0.1 ms more, because it waits until the thread runs
                 _thread.start_new_thread(_work, (connection, analyze))
-            except RuntimeError:  # there are too many threads: the service tries again
+            except RuntimeError:  # there are too many threads: the service loads another worker
                 connection.close()
 
 
@@ -579,9 +579,10 @@ def _analyze(path: str) -> None:
     # The service refuses more than that, but these are easily met.
     if not isinstance(payload, dict) or payload.get("data") in (None, "", [], {}):
         sys.exit('The payload needs "data" that is not null, "", [] or {}: write {"data": ...}.')
-    _log_plainly(os.environ.get("LOG_LEVEL") or "info")
+    _add_job_ids()
     try:
         analyze = load(name)
+        _log_plainly("info")
         facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
         result = encode(call(analyze, payload["data"], Job(_draw, **facts)))
     except LoadError as exc:

@@ -83,6 +83,8 @@ class Writer:
                 answers = [_answer(one) for one in writes]
         except Exception as exc:  # noqa: BLE001 - it is logged
             _log(exc)
+            if not isinstance(exc, JournalError):
+                deadline = time.monotonic() + MAX_SECONDS
             answers = [self._write_alone(one, deadline) for one in writes]
         for one, answer in zip(writes, answers, strict=True):
             if isinstance(answer, JournalError):

@@ -67,7 +67,8 @@ def read_payload(environ: Mapping[str, Any], *, max_bytes: int) -> Payload:
     Raises:
         Refusal: The detail says what was wrong and what would be right.
     """
-    body = read_body(environ, max_bytes=max_bytes)
+    hint = "The operator can raise the limit, MAX_BODY."
+    body = read_body(environ, max_bytes=max_bytes, hint=hint)
     fields = parse(body, max_depth=MAX_DEPTH + 1)  # the payload's own braces are a level
     if not isinstance(fields, dict):
         raise _invalid('The body is not a JSON object; send {"data": ...}.')
@@ -82,8 +83,13 @@ def read_payload(environ: Mapping[str, Any], *, max_bytes: int) -> Payload:
     )
 
 
-def read_body(environ: Mapping[str, Any], *, max_bytes: int) -> bytes:
+def read_body(environ: Mapping[str, Any], *, max_bytes: int, hint: str = "") -> bytes:
     """Return the body of a JSON request. Length and type are checked before it is read.
+
+    Args:
+        environ: The request.
+        max_bytes: The largest body.
+        hint: Is said about that limit.
 
     Raises:
         Refusal: Also for an empty body.
@@ -93,8 +99,7 @@ def read_body(environ: Mapping[str, Any], *, max_bytes: int) -> bytes:
         raise errors.Refusal(411, "Length required", detail)
     length = int(environ["CONTENT_LENGTH"])
     if length > max_bytes:
-        detail = f"The body is larger than MAX_BODY, {max_bytes} bytes; "
-        detail += "send less, or have the operator raise it."
+        detail = f"The body is larger than {max_bytes} bytes; send less. {hint}".rstrip()
         raise errors.Refusal(413, "Body too large", detail)
     if not length:
         raise _invalid('The body is empty; send JSON such as {"data": 1}.')

@@ -74,7 +74,7 @@ _DETAILS = {
     404: "There is nothing at this path. The routes of the service are in GET /openapi.json. "
     "Postbacks are received at /postprocessed.",
     405: "This path does not allow this method; the header Allow lists the methods it allows.",
-    413: "The body is larger than MAX_BODY; send less, or have the operator raise it.",
+    413: "The body is far too large; send less. For POST /process the limit is MAX_BODY.",
     431: "The headers are too large; send at most 32 KiB.",
     500: "The service failed; its log says why.",
 }
@@ -483,17 +483,15 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_write(self) -> None:
         """Send. When the last answer was sent, linger before the connection is closed."""
-        if not self.close_when_flushed:
-            super().handle_write()
-            return
-        self.close_when_flushed = False  # or waitress would close it at once
-        super().handle_write()
-        if self.total_outbufs_len:
-            self.close_when_flushed = True
-            return
-        self.lingers_until = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError):  # the caller has gone
-            self.socket.shutdown(socket.SHUT_WR)
+        is_last = self.close_when_flushed  # a thread may set it meanwhile
+        self._flush_exception(self._flush_some_if_lockable)
+        if self.will_close:
+            self.handle_close()
+        elif is_last and not self.total_outbufs_len:
+            self.close_when_flushed = False
+            self.lingers_until = time.monotonic() + LINGER_SECONDS
+            with contextlib.suppress(OSError):  # the caller has gone
+                self.socket.shutdown(socket.SHUT_WR)
 
     def received(self, data: bytes) -> bool:
         """Read bytes of requests, or throw them away, which shortens the time to linger."""

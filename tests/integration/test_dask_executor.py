@@ -171,7 +171,7 @@ def test_what_is_stopped_is_given_up_and_so_is_all_at_the_close(cluster, start, 
 def test_without_distributed_the_start_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
 
-    with pytest.raises(errors.ConfigError, match=r"\./run --check installs them"):
+    with pytest.raises(errors.ConfigError, match=r"install requirements-dask\.txt"):
         DaskExecutor(
             analysis="", scheduler_url="", upload_path=None, log_level="", on_change=lambda: None
         ).start()

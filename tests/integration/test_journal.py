@@ -316,6 +316,15 @@ def test_a_job_is_shown_as_it_was_at_one_moment(opened):
     assert [one[0].attempts for one in shown] == [len(one[3]) for one in shown]
 
 
+def test_a_probe_is_written(opened, tmp_path):
+    accept(opened)
+    before = opened.size_bytes()
+
+    opened.probe()
+
+    assert opened.size_bytes() > before
+
+
 # The schema
 
 

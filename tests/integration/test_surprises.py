@@ -251,6 +251,25 @@ def test_a_journal_that_another_program_locks_is_waited_for_once(start_hasty):
     assert told == [None] * 3
 
 
+def test_a_write_that_always_fails_holds_up_no_other_though_they_take_long(start_hasty):
+    told: list[str] = []
+    writer = Writer(start_hasty().journal, on_write=lambda: None)
+
+    def take_long():
+        threading.Event().wait(0.4)
+        return "written"
+
+    for _ in range(2):
+        writer.hand_over(take_long, told.append)
+    writer.hand_over(lambda: 1 / 0, told.append)
+
+    for _ in range(3):
+        writer.write(retry=True)
+
+    assert told == ["written"] * 2
+    assert writer.count_failed() == 1
+
+
 # What fails behind a commit
 
 

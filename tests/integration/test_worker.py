@@ -182,6 +182,25 @@ def test_what_goes_wrong_is_said_in_the_terminal(name, text, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("set_up", "line"),
+    [
+        ("pass", "WARNING root seen job_id=None"),
+        ("logging.basicConfig(format='my %(message)s')", "my seen"),
+    ],
+)
+def test_what_the_analysis_logs_is_seen_in_the_terminal(tmp_path, monkeypatch, set_up, line):
+    source = f"import logging\n{set_up}\ndef run(data): logging.warning('seen')"
+    (tmp_path / "own_logs.py").write_text(source, encoding="ascii")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    done = analyze("-", name="own_logs:run", text='{"data": 1}')
+
+    assert done.stdout == "null\n"
+    assert done.stderr.strip().endswith(line)
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_progress_is_a_bar_on_a_terminal():
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
