@@ -38,8 +38,8 @@ from web import intake, logs
 SHORT = frozenset({("POST", "/process"), ("POST", "/postprocessed"), ("GET", "/livez")})
 SHORT_BYTES = 64 * 1024
 
-#: Bytes that are read from a connection in one turn, and that waitress parses at once: some of what
-#: it does takes quadratic time.
+#: Bytes that are read from a connection in one turn, and that waitress parses at once unless they
+#: are only a body: it takes quadratic time.
 READ_BYTES, PIECE_BYTES = 16 * 1024, 2 * 1024
 
 #: Answers that wait for one commit.
@@ -496,8 +496,11 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def received(self, data: bytes) -> bool:
         """Read bytes of requests, or throw them away, which shortens the time to linger."""
         if self.lingers_until == math.inf:
-            for start in range(0, len(data), PIECE_BYTES):
-                piece = data[start : start + PIECE_BYTES]
+            request = self.request
+            is_body = request and request.headers_finished and not request.chunked
+            size = len(data) if is_body else PIECE_BYTES
+            for start in range(0, len(data), size):
+                piece = data[start : start + size]
                 super().received(piece if self.request else piece.lstrip(b"\r\n"))
             return True
         self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
