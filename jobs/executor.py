@@ -340,8 +340,9 @@ class WorkerExecutor:
 
     def _is_ending(self, one: _Worker) -> bool:
         """Return whether a worker gets no more jobs, or has ended and it is told only now."""
-        gone = lambda: one.is_stale or one not in self._workers  # noqa: E731
-        return self._changed.wait_for(gone, TOLD_SECONDS)
+        return self._changed.wait_for(
+            lambda: one.is_stale or one not in self._workers, TOLD_SECONDS
+        )
 
     def _replace(self, run: _Run) -> None:
         """Have another worker loaded in place of the one that a job is in."""
