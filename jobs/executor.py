@@ -29,7 +29,8 @@ from jobs import errors, model, worker
 #: A result of more bytes counts as large. So many large ones are held in memory at once.
 LARGE_BYTES, MAX_LARGE = 1024**2, 2
 
-#: How long a large result may stop on its way, as the kernel reads it: seconds and microseconds.
+#: A large result is given up after so long without a byte. The kernel reads seconds and
+#: microseconds.
 RESULT_TIMEOUT = struct.pack("ll", 60, 0)
 
 #: Seconds between log lines while the first worker loads.
@@ -62,6 +63,7 @@ class Listener(NamedTuple):
     Attributes:
         started: The payload goes to a worker that is ready. The time limit counts from here.
         ended: The analysis has ended, but its result may wait for others. The limit counts no more.
+            DaskExecutor does not call it, because no result waits there.
         progressed: Is given a fraction and a note.
         kept: Is given JSON text, and returns when it is on disk. A Refusal that it raises becomes
             a RuntimeError in the analysis.
@@ -339,7 +341,7 @@ class WorkerExecutor:
         return [one for one in self._workers if one.control and one.slots]
 
     def _is_ending(self, one: _Worker) -> bool:
-        """Return whether a worker gets no more jobs, or has ended and it is told only now."""
+        """Return whether a worker is stale already, or has just ended."""
         return self._changed.wait_for(
             lambda: one.is_stale or one not in self._workers, TOLD_SECONDS
         )

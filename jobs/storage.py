@@ -168,7 +168,8 @@ class Storage:
                 if outer is None:
                     mine = self._begin(durable=durable)
                 elif outer.durable < durable:
-                    raise AssertionError("A durable one in one that is not.")  # noqa: TRY301
+                    text = "A durable transaction cannot be part of one that is not."
+                    raise AssertionError(text)  # noqa: TRY301
                 yield
                 if outer is None:
                     self._commit(mine, changes)

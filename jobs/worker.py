@@ -576,7 +576,7 @@ def _analyze(path: str) -> None:
         sys.exit(f"{path}: {exc.strerror}")
     except ValueError as exc:
         sys.exit(f"{'Standard input' if path == '-' else path} is not JSON: {exc}")
-    # The service refuses more than that, but these are easily met.
+    # The service checks more, but these mistakes are common.
     if not isinstance(payload, dict) or payload.get("data") in (None, "", [], {}):
         sys.exit('The payload needs "data" that is not null, "", [] or {}: write {"data": ...}.')
     _add_job_ids()

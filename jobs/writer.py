@@ -83,7 +83,7 @@ class Writer:
                 answers = [_answer(one) for one in writes]
         except Exception as exc:  # noqa: BLE001 - it is logged
             _log(exc)
-            if not isinstance(exc, JournalError):
+            if not isinstance(exc, JournalError):  # else the time counts that the journal took
                 deadline = time.monotonic() + MAX_SECONDS
             answers = [self._write_alone(one, deadline) for one in writes]
         for one, answer in zip(writes, answers, strict=True):

@@ -493,7 +493,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             with contextlib.suppress(OSError):  # the caller has gone
                 self.socket.shutdown(socket.SHUT_WR)
 
-    def received(self, data: bytes) -> bool:
+    def received(self, data: bytes) -> None:
         """Read bytes of requests, or throw them away, which shortens the time to linger."""
         if self.lingers_until == math.inf:
             request = self.request
@@ -502,11 +502,10 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             for start in range(0, len(data), size):
                 piece = data[start : start + size]
                 super().received(piece if self.request else piece.lstrip(b"\r\n"))
-            return True
+            return
         self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
         if self.lingers_until < time.monotonic():
             self.handle_close()
-        return False
 
 
 class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]

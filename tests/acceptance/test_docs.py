@@ -239,6 +239,7 @@ def test_the_analysis_of_the_reader_is_run(tmp_path, receiver):
         assert json.loads(analyze.stdout.read()) == {"total": 12.5}
     with shell(f"exec env {command}", **env, POSTBACK_URL=receiver.url) as service:
         url = service.stdout.readline().split()[-1]
+        assert "[3, 1, 4" not in service.stdout.readline() + service.stdout.readline()
         payload = once.split("'")[1]
         requests.post(f"{url}/process", json=json.loads(payload), timeout=10).raise_for_status()
         [postback] = receiver.wait_for(1)
