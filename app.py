@@ -272,7 +272,7 @@ class Service:
         self.journal = Journal(
             config.journal_path, on_lost=on_lost, on_commit=self.metrics.committed
         )
-        self._executor = _executor(config, on_change=self._on_change)
+        self._executor = _executor(config, on_news=self._on_news)
         self._is_running = self.is_stopping = False
 
     def start(self) -> None:
@@ -308,10 +308,11 @@ class Service:
             lambda: self.journal.transaction(durable=True),
             self.runner.work,
             self.metrics.answered,
+            watched=self._executor.selector.fileno(),
         )
         gc.freeze()  # what is there now stays: the collector need not look at it again
 
-    def _on_change(self) -> None:
+    def _on_news(self) -> None:
         if self._is_running:
             self.server.wake()
 
@@ -409,11 +410,11 @@ def _open_standard_streams() -> None:
     os.close(descriptor)
 
 
-def _executor(settings: Config, on_change: Callable[[], None]) -> WorkerExecutor | DaskExecutor:
+def _executor(settings: Config, on_news: Callable[[], None]) -> WorkerExecutor | DaskExecutor:
     common: dict[str, Any] = {
         "analysis": settings.analysis,
         "log_level": settings.log_level,
-        "on_change": on_change,
+        "on_news": on_news,
     }
     if settings.executor == "dask":
         url = settings.dask_scheduler or ""

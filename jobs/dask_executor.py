@@ -7,18 +7,18 @@ The service imports `distributed` only here, and only when this executor is chos
 
 import hashlib
 import logging
-import queue
 import secrets
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs import errors, model, worker
-from jobs.executor import PAUSE_SECONDS, Listener, ending_of
+from jobs.executor import PAUSE_SECONDS, Executor, Listener, ending_of
 
 #: Seconds that the scheduler has to answer a new connection, and to take leave of an old one.
 CONNECT_SECONDS, CLOSE_SECONDS = 5.0, 1.0
@@ -29,15 +29,23 @@ RETRY_SECONDS, LOOK_SECONDS = 1.0, 0.5
 #: The file that holds the default analysis, which no Dask worker has.
 DEFAULT_PATH = Path(__file__).parents[1] / "processing.py"
 
+#: Of a job whose cluster was lost.
+AGAIN = model.Again(pause_seconds=PAUSE_SECONDS)
+
 log = logging.getLogger("postback")
 
 
-#: What the thread of a job is told: that its worker has begun (None and None), a fraction and a
-#: note, or why there is nothing more to wait for: `ended`, `stopped` or `lost`.
-_News = queue.SimpleQueue[tuple[Any, Any] | str]
+@dataclass(slots=True)
+class _Run:
+    """One job on the cluster."""
+
+    job_id: str
+    listener: Listener
+    future: Any
+    has_started: bool = False
 
 
-class DaskExecutor:
+class DaskExecutor(Executor):
     """Runs analyses on a Dask cluster. Its methods are those of `executor.WorkerExecutor`.
 
     Args:
@@ -46,7 +54,7 @@ class DaskExecutor:
             configuration.
         upload_path: A .py, .zip or .egg file that every Dask worker is given.
         log_level: Is not used: Dask workers have a log of their own.
-        on_change: Is called when `free` or `failure` may have changed.
+        on_news: Is called when there is something for `listen`, or `free` may have changed.
     """
 
     def __init__(
@@ -56,20 +64,20 @@ class DaskExecutor:
         scheduler_url: str,
         upload_path: Path | None,
         log_level: str,  # noqa: ARG002 - as the other executor
-        on_change: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
+        super().__init__(on_news)
         self._analysis = analysis
         self._url = scheduler_url
         self._upload_paths = [upload_path] if upload_path else []
         if analysis.startswith("processing:"):
             self._upload_paths.insert(0, DEFAULT_PATH)
-        self._on_change = on_change
         self._topic = f"postback-{secrets.token_hex(8)}"
         self._closed = threading.Event()
         self._client: Any = None  # while it is connected
         self._failure: str | None = None
         self._keeper = threading.Thread(target=self._keep_connected, name="dask", daemon=True)
-        self._news: dict[str, _News] = {}  # of each job, as long as its caller is inside of `run`
+        self._runs: dict[str, _Run] = {}  # the jobs that have not ended
 
     def start(self) -> None:
         """Begin to connect. A cluster that is away does not hold up the start.
@@ -95,22 +103,23 @@ class DaskExecutor:
         """Return why no analysis can run now; None when one can."""
         return None if self._client else self._failure or f"{self._url} has not answered yet."
 
-    @contextmanager
-    def run(
-        self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener
-    ) -> Iterator[model.Ending | model.Again | None]:
-        """Run an analysis on the cluster, and yield how it ended; None when it was stopped."""
+    def run(self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener) -> None:
+        """Begin an analysis on the cluster."""
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
-        news = self._news[job.id] = _News()
+        arguments = (self._analysis, self._topic, facts, body)
+        key = f"postback-{job.id}-{secrets.token_hex(4)}"
         try:
-            yield self._run(news, facts, body, listener)
-        finally:
-            del self._news[job.id]
+            future = self._client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
+        except Exception:  # noqa: BLE001 - of many kinds: the cluster was lost at this very moment
+            listener.ended(AGAIN)
+            return
+        run = self._runs[job.id] = _Run(job.id, listener, future)
+        future.add_done_callback(lambda _: self._start_to_gather(run))
 
     def stop(self, job_id: str) -> None:
         """Give up a job. A Dask worker that has begun it goes on in vain."""
-        if news := self._news.get(job_id):
-            news.put("stopped")
+        if run := self._runs.pop(job_id, None):
+            run.future.release()
 
     def drain(self) -> None:
         """Do nothing: no job is ever blamed for the end of the cluster."""
@@ -118,39 +127,51 @@ class DaskExecutor:
     def close(self) -> None:
         """Give up all jobs, and disconnect."""
         self._closed.set()
-        for job_id in list(self._news):
+        for job_id in list(self._runs):
             self.stop(job_id)
         if self._keeper.is_alive():
             self._keeper.join(CLOSE_SECONDS)
 
-    # A job's thread
+    def _report(self, job_id: str, fraction: float | None, note: str) -> None:
+        if run := self._runs.get(job_id):
+            if fraction is None:
+                run.has_started = True
+                run.listener.started()
+            else:
+                run.listener.progressed(fraction, note)
 
-    def _run(
-        self, news: _News, facts: dict[str, Any], body: bytes, listener: Listener
-    ) -> model.Ending | model.Again | None:
-        if (client := self._client) is None:
-            return model.Again()
-        key = f"postback-{facts['id']}-{secrets.token_hex(4)}"
-        arguments = (self._analysis, self._topic, facts, body)
-        try:
-            future = client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
-            future.add_done_callback(lambda _: news.put("ended"))
-            if _has_ended(news, listener):
-                return ending_of(*future.result())
-            future.cancel()  # it was stopped
-            return None
-        except self._distributed.KilledWorker as exc:
-            return model.crashed(f"The analysis ended its Dask workers: {exc}")
-        except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
-            lost = (self._distributed.CancelledError, OSError)
-            if isinstance(exc, lost) or client.status != "running":
-                return model.Again(pause_seconds=PAUSE_SECONDS)
-            return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
+    def _finish(self, run: _Run, ending: model.Ending | model.Again) -> None:
+        if self._runs.get(run.job_id) is not run:  # it was stopped
+            return
+        del self._runs[run.job_id]
+        if isinstance(ending, model.Ending) and not run.has_started:  # its reports come later
+            run.listener.started()
+        run.listener.ended(ending)
+
+    # In other threads
 
     def _hear(self, event: tuple[float, tuple[str, Any, Any]]) -> None:
-        job_id, fraction, note = event[1]
-        if news := self._news.get(job_id):
-            news.put((fraction, note))
+        self._tell(self._report, *event[1])
+
+    def _start_to_gather(self, run: _Run) -> None:
+        """Gather a result in a thread of its own, since Dask has one for all callbacks."""
+        try:
+            threading.Thread(target=self._gather, args=(run,), name="dask", daemon=True).start()
+        except (RuntimeError, MemoryError):  # there are too many threads
+            self._gather(run)
+
+    def _gather(self, run: _Run) -> None:
+        ending: model.Ending | model.Again
+        try:
+            ending = ending_of(*run.future.result())
+        except self._distributed.KilledWorker as exc:
+            ending = model.crashed(f"The analysis ended its Dask workers: {exc}")
+        except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
+            ending = model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
+            lost = (self._distributed.CancelledError, OSError)
+            if isinstance(exc, lost) or run.future.client.status != "running":
+                ending = AGAIN
+        self._tell(self._finish, run, ending)
 
     # The thread that keeps the connection
 
@@ -161,7 +182,7 @@ class DaskExecutor:
         while not self._closed.is_set():
             try:
                 with self._connection(runner.loop) as client:
-                    self._tell(client, None)
+                    self._note(client, None)
                     while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
                         pass
                     raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
@@ -169,7 +190,7 @@ class DaskExecutor:
                 text = f"The Dask cluster at {self._url} cannot be used: {str(exc).rstrip('.')}."
                 if isinstance(exc, ModuleNotFoundError):
                     text += " Install it on each Dask worker."
-                self._tell(None, text)
+                self._note(None, text)
             self._closed.wait(RETRY_SECONDS)
         runner.stop()
 
@@ -204,7 +225,7 @@ class DaskExecutor:
             for one in uploads:  # one that was given before under this name is replaced
                 client.register_plugin(one, name=f"postback-{Path(one.filename).name}")
 
-    def _tell(self, client: Any, failure: str | None) -> None:
+    def _note(self, client: Any, failure: str | None) -> None:
         """Note a change, and log it if it is one."""
         if client and not self._client:
             log.info("cluster connected", extra={"scheduler": self._url})
@@ -212,26 +233,6 @@ class DaskExecutor:
             log.warning("cluster away", extra={"error": failure})
         self._client, self._failure = client, failure
         if failure:
-            for news in list(self._news.values()):
-                news.put("lost")
-        self._on_change()
-
-
-def _has_ended(news: _News, listener: Listener) -> bool:
-    """Pass on what a job reports until it has ended; return whether it has, or was stopped.
-
-    Raises:
-        ConnectionError: The cluster was lost.
-    """
-    has_started = False
-    while isinstance(one := news.get(), tuple):
-        if one[0] is None:
-            has_started = True
-            listener.started()
-        else:
-            listener.progressed(*one)
-    if one == "lost":
-        raise ConnectionError
-    if one == "ended" and not has_started:  # its reports may come later than its result
-        listener.started()
-    return one == "ended"
+            for run in list(self._runs.values()):
+                self._tell(self._finish, run, AGAIN)
+        self._on_news()

@@ -1,37 +1,44 @@
 """Where the analysis runs: in worker processes, one with many threads or many with one job each.
 
 The service's own process never runs the user's code. Each job has a connection of its own to a
-worker, and the job's own thread talks over it (see jobs/worker.py). The kernel tells when a worker
-has ended. The end of a connection does not, because a grandchild may hold it open.
+worker (see jobs/worker.py), and the loop reads and writes all of them. It never waits for a worker.
+A worker has a thread here that starts it and waits for its end, which the kernel tells. The end of
+a connection does not, because a grandchild may hold it open.
 
 A worker is stale when it can take no more jobs, or still runs one whose outcome was decided
 elsewhere (timed out, canceled). Another one is loaded in its place, and it is killed as soon as no
 other job needs it.
 """
 
+import functools
 import json
 import logging
 import os
+import queue
+import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: A result of more bytes counts as large. So many large ones are held in memory at once.
+#: A result of more bytes counts as large. So many large ones are read at once.
 LARGE_BYTES, MAX_LARGE = 1024**2, 2
 
-#: A large result is given up after so long without a byte. The kernel reads seconds and
-#: microseconds.
-RESULT_TIMEOUT = struct.pack("ll", 60, 0)
+#: Bytes of a result that are read at once.
+READ_BYTES, READ_LARGE_BYTES = 64 * 1024, 1024**2
+
+#: Connections that are read in one turn of the loop, and jobs that a worker is given before the
+#: first of them has begun.
+MAX_TURN = 64
 
 #: Seconds between log lines while the first worker loads.
 LOADING_SECONDS = 10.0
@@ -48,52 +55,55 @@ POLITE = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 #: Seconds until the news that the service is to stop, after a worker was asked to end, at most.
 STOP_SECONDS = 0.5
 
-#: Seconds until the end of a worker is told, at most.
-TOLD_SECONDS = 0.1
-
 #: Seconds that `close` waits for the workers to end.
 CLOSE_SECONDS = 1.0
+
+#: Of a job that could not begin.
+NOT_BEGUN = model.Again(pause_seconds=PAUSE_SECONDS, has_started=False)
 
 log = logging.getLogger("postback")
 
 
 class Listener(NamedTuple):
-    """What is called while an analysis runs, by the thread that called `run`.
+    """What the loop calls while an analysis runs.
 
     Attributes:
         started: The payload goes to a worker that is ready. The time limit counts from here.
-        ended: The analysis has ended, but its result may wait for others. The limit counts no more.
-            DaskExecutor does not call it, because no result waits there.
+        returned: The analysis has ended, but its result may wait for others. The limit counts no
+            more. DaskExecutor does not call it, because no result waits there.
         progressed: Is given a fraction and a note.
-        kept: Is given JSON text, and returns when it is on disk. A Refusal that it raises becomes
-            a RuntimeError in the analysis.
+        kept: Is given JSON text, and a function to call with "" when it is on disk, or with why it
+            cannot be kept, which becomes a RuntimeError in the analysis.
+        ended: How the analysis ended. Nothing follows.
     """
 
     started: Callable[[], None]
-    ended: Callable[[], None]
+    returned: Callable[[], None]
     progressed: Callable[[float, str], None]
-    kept: Callable[[str], None]
+    kept: Callable[[str, Callable[[str], None]], None]
+    ended: Callable[[model.Ending | model.Again], None]
 
 
 @dataclass(eq=False, slots=True)
 class _Worker:
-    """One worker process, from the wish to have it until it has ended.
+    """One worker process, from the wish to have it until its end was handled.
 
     Attributes:
         slots: How many jobs at once it is given; 0 when a job has it for itself.
-        runs: The jobs in it, or those that were in it when it ended. A stopped one stays, since its
-            thread may run for ever.
         is_stale: It gets no new job once another one serves, and ends when no job needs it.
-        pid: Its process and its process group; None before there is one.
+        runs: The jobs in it. A stopped one stays, since its thread may run for ever.
+        started_at: By the monotonic clock.
         control: Takes the connections of jobs; None before it has loaded the analysis.
-        code: Its exit code, negative for a signal; None until it has ended.
+        pid: Its process and its process group; None before there is one. Its thread sets it.
+        code: Its exit code, negative for a signal; None until it has ended. Its thread sets it.
     """
 
     slots: int
+    is_stale: bool
     runs: "set[_Run]" = field(default_factory=set)
-    is_stale: bool = False
-    pid: int | None = None
+    started_at: float = field(default_factory=time.monotonic)
     control: socket.socket | None = None
+    pid: int | None = None
     code: int | None = None
 
     @property
@@ -101,6 +111,11 @@ class _Worker:
         """Whether a job in it may still end well. One that has not begun can begin elsewhere."""
         bound = (run for run in self.runs if run.has_begun or run.job.alone)
         return not all(run.is_stopped for run in bound)
+
+    def free(self) -> int:
+        """Return how many jobs it can be given. One that is slow to begin them gets no more."""
+        waiting = sum(not run.has_begun for run in self.runs)
+        return min(self.slots - len(self.runs), MAX_TURN - waiting)
 
     def kill(self) -> None:
         """Kill it and what it started, but not when its id may be another's already."""
@@ -111,55 +126,77 @@ class _Worker:
 
 @dataclass(eq=False, slots=True)
 class _Run:
-    """One job, from the call of `run` until its ending is known.
+    """One job, from the call of `run` until its ending is known or it is stopped.
 
     Attributes:
-        worker: Where it runs; None before.
+        unsent: What the worker has still to be sent.
+        received: What came from it and is not a whole frame yet.
         has_begun: The worker has said so, and from then on the job may be what ends it.
         is_stopped: Its outcome was decided elsewhere.
-        is_large: Its result counts as large, and is held.
     """
 
     job: model.Job
-    worker: _Worker | None = None
+    listener: Listener
+    worker: _Worker
+    unsent: memoryview
     connection: socket.socket | None = None
+    received: bytearray = field(default_factory=bytearray)
     has_begun: bool = False
     is_stopped: bool = False
-    is_large: bool = False
-
-    def hang_up(self) -> None:
-        """Wake the thread that waits for the worker. What was sent already can still be read."""
-        if self.connection:
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
 
 
-class WorkerExecutor:
-    """Runs analyses in worker processes. Its methods may be called from any thread.
+class Executor:
+    """What the executors have in common. Only one thread at a time may call `listen`.
+
+    Args:
+        on_news: Is called by other threads when there is something for `listen`. What can be read
+            from the selector is not told so.
+    """
+
+    def __init__(self, on_news: Callable[[], None]) -> None:
+        self._on_news = on_news
+        self._news = queue.SimpleQueue[Callable[[], None]]()  # what `listen` is to call
+        self.selector = selectors.DefaultSelector()
+
+    def listen(self) -> None:
+        """Deal with what other threads have told."""
+        with suppress(queue.Empty):
+            while True:
+                self._news.get_nowait()()
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        """Have `listen` do something."""
+        self._news.put(functools.partial(what, *arguments))
+        self._on_news()
+
+
+class WorkerExecutor(Executor):
+    """Runs analyses in worker processes.
+
+    Only one thread at a time may call its methods, but for `failure` and `drain`.
 
     Args:
         analysis: The user's function, as `package.module:function`.
         workers: How many processes, with one job each; None for one process with many jobs.
         log_level: Of what the analysis logs.
-        on_change: Is called when `free` or `failure` may have changed.
+        on_news: As above.
     """
 
     def __init__(
-        self, *, analysis: str, workers: int | None, log_level: str, on_change: Callable[[], None]
+        self, *, analysis: str, workers: int | None, log_level: str, on_news: Callable[[], None]
     ) -> None:
+        super().__init__(on_news)
         self._arguments = (log_level, analysis)
         self._count = workers or 1
         self._slots = 1 if workers else sys.maxsize
-        self._on_change = on_change
-        self._permits = threading.BoundedSemaphore(MAX_LARGE)
         self._runs: dict[str, _Run] = {}
-        # Guards what follows and all records. The condition tells each change that is waited for.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._workers: list[_Worker] = []  # the newest first, since others may be stale
+        self._large: set[_Run] = set()  # their results are being read
+        self._waiting: deque[_Run] = deque()  # theirs are not, because those are
+        self._workers: list[_Worker] = []
         self._refusal: str | None = None  # why the analysis could not be loaded last
-        self._is_started = self._is_draining = False
-        self._closed = threading.Event()
+        self._retry_seconds, self._retry_at = RETRY_SECONDS / 2, 0.0
+        self._is_started = self._is_closed = False
+        self._draining = threading.Event()
 
     def start(self) -> None:
         """Start the workers, and return when the first one is ready.
@@ -167,14 +204,14 @@ class WorkerExecutor:
         Raises:
             ConfigError: It cannot load the analysis.
         """
-        with self._lock:
-            for _ in range(self._count):
-                _start_thread(self._keep)
-            seconds = 0.0
-            while not (self._serving() or self._refusal):
-                if not self._changed.wait(LOADING_SECONDS):
-                    seconds += LOADING_SECONDS
-                    log.info("analysis loading", extra={"seconds": seconds})
+        self._keep_up()
+        seconds = 0.0
+        while not (self._serving() or self._refusal):
+            try:
+                self._news.get(timeout=LOADING_SECONDS)()
+            except queue.Empty:
+                seconds += LOADING_SECONDS
+                log.info("analysis loading", extra={"seconds": seconds})
         if problem := self.failure():
             self.close()
             raise errors.ConfigError([problem])
@@ -182,250 +219,329 @@ class WorkerExecutor:
 
     def free(self) -> int:
         """Return how many jobs can be given to workers that are ready."""
-        with self._lock:
-            return sum(one.slots - len(one.runs) for one in self._serving())
+        return sum(one.free() for one in self._serving())
 
     def failure(self) -> str | None:
         """Return why no analysis can run now; None when one can."""
-        with self._lock:
-            reason = self._refusal or "No worker has loaded the analysis yet."
-            return None if self._serving() else reason
+        reason = self._refusal or "No worker has loaded the analysis yet."
+        return None if self._serving() else reason
 
-    @contextmanager
-    def run(
-        self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener
-    ) -> Iterator[model.Ending | model.Again | None]:
-        """Run an analysis, and yield how it ended; None when it was stopped.
-
-        A large result counts as held as long as the block runs, and others wait for that.
+    def run(self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener) -> None:
+        """Begin an analysis, for which there is a place.
 
         Args:
             job: If `alone`, it gets a fresh worker for itself.
             body: The payload as it was accepted.
             kept: The JSON text that the job kept last.
-            listener: Is told what happens until the ending.
+            listener: Is told what happens until the ending, perhaps at once.
         """
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
-        payload = worker.pack(facts, body)
-        run = self._runs[job.id] = _Run(job)
-        try:
-            ending = self._run(run, payload, listener)
-            yield None if run.is_stopped else ending
-        finally:
-            if run.is_large:
-                self._permits.release()
+        payload = memoryview(worker.pack(facts, body))
+        if job.alone:
+            one = self._start_worker(slots=0, is_stale=True)
+        else:
+            one = next((one for one in self._serving() if one.free() > 0), None)
+        if one is None:
+            listener.ended(NOT_BEGUN)
+            return
+        run = self._runs[job.id] = _Run(job, listener, one, payload)
+        one.runs.add(run)
+        if one.control:
+            self._begin(run, one.control)
 
     def stop(self, job_id: str) -> None:
-        """Give up a job whose outcome was decided elsewhere: `run` yields None."""
-        with self._lock:
-            if run := self._runs.get(job_id):
-                run.is_stopped = True
-                run.hang_up()
-                self._replace(run)
-                self._changed.notify_all()
+        """Give up a job whose outcome was decided elsewhere: its listener is told nothing more."""
+        if run := self._runs.get(job_id):
+            run.is_stopped = True
+            self._leave(run)
+            self._replace(run)
+
+    def listen(self) -> None:
+        """Deal with what workers have sent, and with their ends. Call it at least once a second."""
+        super().listen()
+        for key, events in self.selector.select(0)[:MAX_TURN]:
+            if events & selectors.EVENT_WRITE:
+                self._send(key.data)
+            if events & selectors.EVENT_READ:
+                self._hear(key.data)
+        while self._waiting and len(self._large) < MAX_LARGE:
+            self._resume(self._waiting.popleft())
+        self._keep_up()
 
     def drain(self) -> None:
-        """From now on, give no job a worker, and blame none for the end of its worker."""
-        with self._lock:
-            self._is_draining = True
-            self._changed.notify_all()
+        """From now on, start no worker, and blame no job for the end of its worker."""
+        self._draining.set()
+        self._tell(self._put_back)
 
     def close(self) -> None:
         """Kill all workers."""
-        self._closed.set()
         self.drain()
-        with self._lock:
-            for one in self._workers:
-                one.kill()
-            self._changed.wait_for(lambda: not self._workers, CLOSE_SECONDS)
+        self._is_closed = True
+        for one in self._workers:
+            one.kill()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        with suppress(queue.Empty):
+            while self._workers:
+                self._news.get(timeout=max(0.0, deadline - time.monotonic()))()
 
-    # A job's thread
+    # A job
 
-    def _run(self, run: _Run, payload: bytes, listener: Listener) -> model.Ending | model.Again:
+    def _begin(self, run: _Run, control: socket.socket) -> None:
+        """Give a job to its worker, which is ready."""
         try:
-            return self._talk(run, payload, listener) or self._explain(run)
-        except BaseException:  # of the listener: the analysis goes on, and nobody waits for it
-            self.stop(run.job.id)
-            raise
-        finally:
-            self._leave(run)
-
-    def _talk(self, run: _Run, payload: bytes, listener: Listener) -> model.Ending | None:
-        """Return how the analysis ended; None when its connection ended before that."""
-        with suppress(OSError):  # of a socket, also when the worker has hung up
-            control = self._take(run)
-            if control is None:
-                return None
-            run.connection, theirs = socket.socketpair()
+            ours, theirs = socket.socketpair()
+        except OSError:  # there are too many open files
+            self._finish(run, NOT_BEGUN)
+            return
+        ours.settimeout(0)
+        run.connection = ours
+        self.selector.register(ours, selectors.EVENT_READ, run)
+        run.listener.started()
+        try:
             with theirs:
-                listener.started()  # first, because a worker that is busy may take long to receive
                 socket.send_fds(control, [b"j"], [theirs.fileno()])
-            run.connection.sendall(payload)
-            return self._listen(run, run.connection, listener)
-        return None
-
-    def _listen(self, run: _Run, connection: socket.socket, listener: Listener) -> model.Ending:
-        frames = worker.Reader(connection)
-        run.has_begun = frames.read(1) == worker.START
-        while True:
-            kind, length = worker.FRAME.unpack(frames.read(worker.FRAME.size))
-            if kind in (worker.RESULT, worker.ERROR):
-                listener.ended()
-            if kind == worker.RESULT and length > LARGE_BYTES:
-                run.is_large = self._permits.acquire()
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, RESULT_TIMEOUT)
-            payload = frames.read(length)
-            if kind in (worker.RESULT, worker.ERROR):
-                return ending_of(kind, payload)
-            _hear(connection, payload, listener)
-
-    def _take(self, run: _Run) -> socket.socket | None:
-        """Return the control of a worker for a job, as soon as there is one; None to give up."""
-        with self._lock:
-            while not (run.is_stopped or self._is_draining):
-                one = run.worker or self._find_worker(run)
-                if one and (one.control or one not in self._workers):
-                    return one.control
-                self._changed.wait()
-            return None
-
-    def _find_worker(self, run: _Run) -> _Worker | None:
-        if run.job.alone:
-            run.worker = _Worker(slots=0, is_stale=True)
-            _start_thread(self._live, run.worker)
-            self._workers.append(run.worker)
+        except OSError:  # the worker has hung up
+            self._lose(run)
         else:
-            free = (one for one in self._serving() if len(one.runs) < one.slots)
-            run.worker = next(free, None)
-        if run.worker:
-            run.worker.runs.add(run)
-        return run.worker
+            self._send(run)
 
-    def _explain(self, run: _Run) -> model.Ending | model.Again:
-        """Return what follows from a connection that ended before the analysis did."""
-        with self._lock:
-            if self._is_draining:
-                return model.Again()
-            one = run.worker
-            if one and run.connection and not run.has_begun and not self._is_ending(one):
-                self._replace(run)  # it can take no job: it has no descriptor or no thread left
-            if run.is_stopped or one is None or not run.has_begun:
-                return model.Again(pause_seconds=PAUSE_SECONDS, has_started=run.has_begun)
-            one.kill()  # if it has not ended, the analysis has closed the connection
-            self._changed.wait_for(lambda: one not in self._workers)
-            is_polite = -(one.code or 0) in POLITE
-            # Whoever ended it may be about to stop the service, too.
-            if is_polite and self._changed.wait_for(lambda: self._is_draining, STOP_SECONDS):
-                return model.Again()
-            if not run.job.alone and (is_polite or len(one.runs) > 1):
-                return model.Again(is_alone=True)
-            return model.crashed(f"The analysis ended its process: {_how(one.code)}.")
+    def _send(self, run: _Run) -> None:
+        """Send as much of the payload as there is room for."""
+        if not run.connection:  # it ended in this very turn
+            return
+        try:
+            run.unsent = run.unsent[run.connection.send(run.unsent) :]
+        except OSError:  # what the worker has sent can still be read
+            run.unsent = run.unsent[:0]
+        also = selectors.EVENT_WRITE if run.unsent else 0
+        self.selector.modify(run.connection, selectors.EVENT_READ | also, run)
+
+    def _hear(self, run: _Run) -> bool:
+        """Read what a worker has sent once, and return whether there may be more."""
+        if not run.connection or run in self._waiting:
+            return False
+        try:
+            data = run.connection.recv(READ_LARGE_BYTES if run in self._large else READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._lose(run)
+            return False
+        try:
+            run.received += data
+            self._go_on(run)
+        except Exception as exc:
+            log.exception("worker not heard", extra=run.job.facts)
+            if run.job.id in self._runs:
+                self._finish(run, model.not_handled(exc))
+        return True
+
+    def _go_on(self, run: _Run) -> None:
+        """Deal with the frames that are complete."""
+        data, size = run.received, worker.FRAME.size
+        if not run.has_begun:
+            run.has_begun = True
+            del data[: len(worker.START)]
+        while run.connection and len(data) >= size:
+            kind, length = worker.FRAME.unpack_from(data)
+            if kind == worker.RESULT and length > LARGE_BYTES and not self._may_read(run):
+                return
+            if len(data) < size + length:
+                return
+            payload = bytes(memoryview(data)[size : size + length])
+            del data[: size + length]
+            if kind == worker.PROGRESS:
+                self._report(run, *json.loads(payload))
+            else:
+                self._finish(run, ending_of(kind, payload))
+
+    def _report(self, run: _Run, fraction: float, note: str, kept: str | None) -> None:
+        """Pass on progress, and what is to be kept if there is such a thing."""
+        run.listener.progressed(fraction, note)
+        if kept is not None:
+            run.listener.kept(kept, functools.partial(self._answer, run))
+
+    def _answer(self, run: _Run, problem: str) -> None:
+        """Tell an analysis that a value is kept, or why it is not. It waits for that."""
+        with suppress(OSError):
+            if run.connection:
+                worker.send(run.connection, worker.KEPT, problem.encode())
+
+    def _may_read(self, run: _Run) -> bool:
+        """Return whether a large result may be read now. If not, it waits until another was."""
+        if run not in self._large:
+            run.listener.returned()
+            if run.connection and len(self._large) >= MAX_LARGE:
+                self.selector.unregister(run.connection)
+                self._waiting.append(run)
+                return False
+            self._large.add(run)
+        return True
+
+    def _put_back(self) -> None:
+        """Let nobody wait for a worker of its own."""
+        for run in [run for run in self._runs.values() if not run.connection]:
+            self._finish(run, model.Again())
+
+    def _resume(self, run: _Run) -> None:
+        """Read a large result that had to wait."""
+        if run.connection:
+            self.selector.register(run.connection, selectors.EVENT_READ, run)
+            self._go_on(run)
+
+    def _lose(self, run: _Run) -> None:
+        """Follow up on a connection that ended before the analysis did."""
+        self._hang_up(run)
+        if run.has_begun:  # if its worker has not ended, the analysis has closed the connection
+            run.worker.kill()  # the rest follows at its end
+        else:  # if its worker has not ended, it has no descriptor or no thread left
+            self._replace(run)
+            self._finish(run, NOT_BEGUN)
+
+    def _hang_up(self, run: _Run) -> None:
+        self._large.discard(run)
+        if run.connection:
+            with suppress(KeyError):  # it waits until it may be read
+                self.selector.unregister(run.connection)
+            run.connection.close()
+            run.connection = None
 
     def _leave(self, run: _Run) -> None:
-        if run.connection:
-            run.connection.close()
-        with self._lock:
-            del self._runs[run.job.id]  # from now on, to stop it does nothing
-            if one := run.worker:
-                if not run.is_stopped and one in self._workers:
-                    one.runs.discard(run)
-                self._retire(one)
-                self._changed.notify_all()
-        if self._slots == 1:
-            self._on_change()
+        self._hang_up(run)
+        del self._runs[run.job.id]
 
-    # With the lock held
+    def _finish(self, run: _Run, ending: model.Ending | model.Again) -> None:
+        self._leave(run)
+        run.worker.runs.discard(run)
+        self._retire(run.worker)
+        run.listener.ended(ending)
+
+    # A worker
 
     def _serving(self) -> list[_Worker]:
-        """Return the workers that are ready for any job, now or after another one."""
-        return [one for one in self._workers if one.control and one.slots]
-
-    def _is_ending(self, one: _Worker) -> bool:
-        """Return whether a worker is stale already, or has just ended."""
-        return self._changed.wait_for(
-            lambda: one.is_stale or one not in self._workers, TOLD_SECONDS
-        )
+        """Return the workers that can be given jobs, now or later."""
+        ready = [one for one in self._workers if one.control and one.slots and one.code is None]
+        return [one for one in ready if not one.is_stale] or ready
 
     def _replace(self, run: _Run) -> None:
         """Have another worker loaded in place of the one that a job is in."""
-        if (one := run.worker) and one in self._workers:
+        one = run.worker
+        if one.code is None:
             log.info("worker retired", extra={"pid": one.pid, "job_id": run.job.id})
-            with suppress(OSError):  # without a thread for another one, it goes on
-                if one.slots > 1 and not one.is_stale:
-                    _start_thread(self._keep)
-                one.is_stale = True
+            one.is_stale = True
             self._retire(one)
 
     def _retire(self, one: _Worker) -> None:
-        if self._is_useless(one):
-            one.kill()
-
-    def _is_useless(self, one: _Worker) -> bool:
-        """Return whether a worker may end: it is stale, no job needs it, and new ones have another.
+        """Kill a worker that may end: it is stale, no job needs it, and new ones have another.
 
         When the executor is closed, all may.
         """
         has_another = one.slots <= 1 or any(not other.is_stale for other in self._serving())
-        return self._closed.is_set() or (one.is_stale and not one.is_needed and has_another)
+        if self._is_closed or (one.is_stale and has_another and not one.is_needed):
+            one.kill()
+
+    def _keep_up(self) -> None:
+        """Start workers until there are as many as there should be."""
+        while (
+            sum(not one.is_stale for one in self._workers) < self._count
+            and time.monotonic() >= self._retry_at
+            and self._start_worker(slots=self._slots, is_stale=False)
+        ):
+            pass
+
+    def _start_worker(self, *, slots: int, is_stale: bool) -> _Worker | None:
+        """Start a worker, and return it; None while there are too many threads, or in a drain."""
+        if self._draining.is_set():
+            return None
+        one = _Worker(slots, is_stale)
+        try:
+            threading.Thread(target=self._live, args=(one,), name="worker", daemon=True).start()
+        except (RuntimeError, MemoryError) as exc:
+            self._refusal = f"No worker can be started: {exc}."
+            return None
+        self._workers.append(one)
+        return one
+
+    def _welcome(self, one: _Worker, control: socket.socket) -> None:
+        """Let a worker have jobs, in place of a stale one."""
+        one.control, self._refusal, self._retry_seconds = control, None, RETRY_SECONDS / 2
+        for other in self._workers:
+            self._retire(other)
+        for run in [*one.runs]:
+            self._begin(run, control)
+        log.info("worker ready", extra={"pid": one.pid})
+
+    def _bury(self, one: _Worker, problem: str | None) -> None:
+        """Follow up on the end of a worker, or on why it could not load the analysis."""
+        self._workers.remove(one)
+        for run in [*one.runs]:
+            while self._hear(run):  # what it has sent before
+                pass
+        if problem and (one.is_needed or not one.is_stale):
+            self._refuse(problem)
+        elif not problem:
+            is_asked = one.is_stale or self._draining.is_set()
+            level = logging.INFO if is_asked else logging.WARNING
+            log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(one.code)})
+            if not one.runs:  # else a job has ended it
+                self._retry_at = one.started_at + RETRY_SECONDS
+        if one.control:
+            one.control.close()
+        several = len(one.runs) > 1
+        for run in [run for run in one.runs if not run.is_stopped]:
+            self._finish(run, self._explain(run, several=several))
+
+    def _refuse(self, problem: str) -> None:
+        self._refusal = problem
+        if self._is_started:  # else `start` raises it
+            log.warning("worker refused", extra={"error": problem})
+        if time.monotonic() >= self._retry_at:  # several that are refused at once count once
+            self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
+            self._retry_at = time.monotonic() + self._retry_seconds
+
+    def _explain(self, run: _Run, *, several: bool) -> model.Ending | model.Again:
+        """Return what follows for a job from the end of its worker, in which perhaps others ran."""
+        if self._draining.is_set():
+            return model.Again()
+        if not run.has_begun:
+            return NOT_BEGUN
+        if not run.job.alone and (several or _is_polite(run.worker.code)):
+            return model.Again(is_alone=True)
+        return model.crashed(f"The analysis ended its process: {_how(run.worker.code)}.")
 
     # A worker's thread
 
-    def _keep(self) -> None:
-        """Have one worker after another, until another thread has one in its place."""
-        seconds = RETRY_SECONDS
-        while not self._is_draining:
-            started_at, one = time.monotonic(), _Worker(self._slots)
-            with self._lock:
-                self._workers.insert(0, one)
-            has_served = self._live(one)
-            if one.is_stale and one.slots > 1:
-                return
-            if has_served:
-                seconds = started_at + RETRY_SECONDS - time.monotonic()
-            if not (has_served and one.runs):
-                self._closed.wait(seconds)
-            seconds = RETRY_SECONDS if has_served else min(2 * seconds, MAX_RETRY_SECONDS)
-
-    def _live(self, one: _Worker) -> bool:
-        """Start a worker's process, wait for its end, and return whether it could serve."""
+    def _live(self, one: _Worker) -> None:
         try:
             problem = self._serve(one)
         except (OSError, MemoryError) as exc:
             problem = f"No worker can be started: {exc}."
-        with self._lock:
-            self._workers.remove(one)
-            for run in one.runs:
-                run.hang_up()
-            if problem and not self._is_useless(one):
-                self._refusal = problem
-                if self._is_started:  # else `start` raises it
-                    log.warning("worker refused", extra={"error": problem})
-            self._changed.notify_all()
-        self._on_change()
-        return problem is None
+        if one.runs and _is_polite(one.code):  # whoever ended it may be about to stop the service
+            self._draining.wait(STOP_SECONDS)
+        self._tell(self._bury, one, problem)
 
     def _serve(self, one: _Worker) -> str | None:
         """Start a process, and wait for its end; say why it could not load the analysis."""
         process, control = self._start_process()
-        with process, control, control.makefile("rb") as lines:
-            with self._lock:
-                one.pid = process.pid
-                self._retire(one)
+        with process, control.makefile("rb") as lines:
+            one.pid = process.pid
+            self._tell(self._retire, one)  # it may be useless meanwhile
             line = lines.readline()
             if line == worker.READY:
-                self._welcome(one, control)
+                self._tell(self._welcome, one, control)
             else:
+                control.close()
                 one.kill()
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            with self._lock:
-                one.kill()  # what it started, while its id cannot be another's
-                one.code = process.wait()
-        if line != worker.READY:
-            problem = line.decode().strip() or f"loading it ended its process: {_how(one.code)}"
-            return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
-        level = logging.INFO if one.is_stale or self._is_draining else logging.WARNING
-        log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(one.code)})
-        return None
+            end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            one.kill()  # what it started, while its id cannot be another's
+            if end:  # always, since it is waited for
+                one.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+        if line == worker.READY:
+            return None
+        problem = line.decode().strip() or f"loading it ended its process: {_how(one.code)}"
+        return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
 
     def _start_process(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:
         ours, theirs = socket.socketpair()
@@ -441,41 +557,16 @@ class WorkerExecutor:
             )
         return process, ours
 
-    def _welcome(self, one: _Worker, control: socket.socket) -> None:
-        """Let a worker have jobs, in place of a stale one."""
-        with self._lock:
-            one.control, self._refusal = control, None
-            for other in self._workers:
-                self._retire(other)
-            self._changed.notify_all()
-        log.info("worker ready", extra={"pid": one.pid})
-        self._on_change()
 
-
-def _start_thread(work: Callable[..., object], *arguments: object) -> None:
-    try:
-        threading.Thread(target=work, args=arguments, name="worker", daemon=True).start()
-    except (RuntimeError, MemoryError) as exc:  # there are too many threads
-        raise OSError(str(exc)) from exc
+def _is_polite(code: int | None) -> bool:
+    """Return whether something has asked a process to end."""
+    return -(code or 0) in POLITE
 
 
 def _how(code: int | None) -> str:
     if code is None or code >= 0:
         return f"exit code {code}"
     return f"signal {-code} ({signal.strsignal(-code)})"
-
-
-def _hear(connection: socket.socket, payload: bytes, listener: Listener) -> None:
-    """Pass on progress, and what is to be kept if there is such a thing."""
-    fraction, note, kept = json.loads(payload)
-    if kept is not None:
-        problem = ""
-        try:
-            listener.kept(kept)
-        except errors.Refusal as exc:
-            problem = exc.detail
-        worker.send(connection, worker.KEPT, problem.encode())
-    listener.progressed(fraction, note)
 
 
 def ending_of(kind: bytes, payload: bytes) -> model.Ending:

@@ -7,7 +7,6 @@ not allow it. How the file is opened and what a commit means is in `jobs/storage
 import hashlib
 import json
 import sqlite3
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -72,7 +71,6 @@ class Journal(Storage):
     ) -> None:
         schema = _SCHEMA_PATH.read_text(encoding="utf-8")
         super().__init__(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
-        self._keeping = threading.Lock()  # one thread that keeps a value competes with the loop
 
     # Accept
 
@@ -154,7 +152,7 @@ class Journal(Storage):
             UPDATE jobs SET interrupted = 0, alone = CASE alone WHEN 2 THEN 0 ELSE alone END
              WHERE id = :id AND state = 'running'"""
         store = "INSERT OR REPLACE INTO kept SELECT seq, :value FROM jobs WHERE id = :id"
-        with self._keeping, self.transaction():
+        with self.transaction():
             self._move(job_id, note, wanted="given a value to keep")
             self._write(store, id=job_id, value=value)
 

@@ -236,6 +236,11 @@ def crashed(message: str) -> Ending:
     return without_result(Outcome.CRASHED, "crashed", message)
 
 
+def not_handled(exc: Exception) -> Ending:
+    """Return the ending for an analysis whose result the service could not handle."""
+    return without_result(Outcome.FAILED, type(exc).__name__, "The result could not be handled.")
+
+
 def without_result(outcome: Outcome, kind: str, message: str) -> Ending:
     """Return an ending with an error of this type. A message may contain any text."""
     # Half of a surrogate pair could not be posted as UTF-8.

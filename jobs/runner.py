@@ -1,18 +1,17 @@
-"""What happens between the 200 and the postback: a daemon thread for each job, and one loop.
+"""What happens between the 200 and the postback: one loop, and a daemon thread for each attempt.
 
 The server's loop, which answers, also calls `Runner.work`. It claims accepted jobs while the
-executor has a free worker and fewer than MAX_RUNNING analyses run, and starts a thread for each. A
-job's thread has the analysis run, hands over how it ended, makes the first attempt, hands over what
-came of it, and ends. The loop writes for all threads, so that they share commits, and goes on from
-there: each `write`, `then` and `follow_up` below runs in it. It also starts the attempts that are
-due, times out, and prunes.
+executor has a free worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an
+analysis ends, the loop stores that, and starts a thread named after the job. The thread makes one
+attempt, hands over what came of it, and ends. The loop writes for all threads, so that they share
+commits, and goes on from there: each `write`, `then` and `follow_up` below runs in it. It also
+starts the attempts that are due, times out, and prunes.
 """
 
 import contextlib
 import functools
 import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -64,9 +63,7 @@ log = logging.getLogger("postback")
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One job that a thread works for.
-
-    That thread notes `started_at`, `times_out_at` and `progress`. The loop alone sets the rest.
+    """One job whose analysis, or attempt, is under way. The loop alone changes it.
 
     Attributes:
         is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
@@ -115,7 +112,7 @@ class Runner:
         self._writer = Writer(journal, on_write=wake)
         self._wake = wake  # has the loop call `work`
         self._runs: dict[str, Run] = {}  # a job is in it exactly while somebody works for it
-        self._waiting = 0  # accepted jobs that may start and have no thread
+        self._waiting = 0  # accepted jobs that may start
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_crowded = False  # a due attempt waits until another one ends
@@ -199,7 +196,7 @@ class Runner:
         return resent
 
     def run_of(self, job_id: str) -> Run | None:
-        """Return what a thread does for this job now, if one does."""
+        """Return what is under way for this job, if anything is."""
         return self._runs.get(job_id)
 
     def refuse_unready(self) -> None:
@@ -257,6 +254,7 @@ class Runner:
         """
         now, self._is_working = time.monotonic(), True
         try:
+            self._executor.listen()
             if now >= self._work_at:
                 self._work_once(now)
         except JournalLost:
@@ -328,7 +326,7 @@ class Runner:
         self._starts_at = time.monotonic() + min(max(seconds, 0.0), PRUNE_SECONDS)
 
     def _start_accepted(self) -> None:
-        """Claim the jobs that there is a place for, and start a thread for each."""
+        """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
         places = self._max_running - len(jobs) - self._writer.count_failed()  # they are in memory
         limit = min(places, self._executor.free(), MAX_STARTS)
@@ -349,7 +347,7 @@ class Runner:
         self._runs |= runs
         self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
         for one in claimed:
-            self._start_thread(runs[one.job.id], self._analyze, one)
+            self._analyze(runs[one.job.id], one)
         if len(claimed) == MAX_STARTS:
             self._starts_at = 0.0  # there may be more
 
@@ -370,7 +368,7 @@ class Runner:
                 for job, event in self._journal.claim_due(receiver, now=now, limit=limit):
                     run = Run(job=job, is_posting=True, outcome=job.outcome)
                     self._runs[job.id] = run
-                    self._start_thread(run, self._post, event)
+                    self._start_thread(run, event)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
         # With thousands of receivers it takes long, and the loop has more to do.
@@ -388,21 +386,6 @@ class Runner:
         room = max(0, min(limit, MAX_ATTEMPTS - self._count(is_posting=True)))
         self._is_crowded |= not room
         return room
-
-    def _start_thread(
-        self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes
-    ) -> None:
-        """Start a thread that works for a job. If the system has none, the job waits a second."""
-        arguments, name = (run, work, given), run.job.id
-        try:
-            threading.Thread(target=self._guard, args=arguments, name=name, daemon=True).start()
-        except (RuntimeError, MemoryError) as exc:  # can't start new thread
-            if run.is_posting:
-                self._put_off(run)
-            else:
-                self._run_again(run, model.Again(pause_seconds=RETRY_SECONDS))
-            with contextlib.suppress(MemoryError):  # others are still to be started
-                log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
 
     def _prune(self) -> None:
         now = self._clock()
@@ -427,98 +410,61 @@ class Runner:
         if self._is_crowded:
             self._attempts_at = 0.0
 
-    # In a job's thread
-
-    def _guard(self, run: Run, work: Callable[[Run, Any], None], given: Claimed | bytes) -> None:
-        """Do the work, and whatever happens leave no job without a thread or a next step."""
-        try:
-            work(run, given)
-        except BaseException as exc:
-            while not self._drained.is_set():
-                with contextlib.suppress(Exception):
-                    self._give_up(run, type(exc).__name__)
-                    break
-                self._drained.wait(RETRY_SECONDS)
-            log.exception("job's thread failed", extra=run.job.facts)
-
-    def _give_up(self, run: Run, kind: str) -> None:
-        """End the analysis as failed; if it has ended, have the attempt made again."""
-        given = model.without_result(Outcome.FAILED, kind, "The result could not be handled.")
-        ending, event = self._prepare(run.job, given)
-
-        def then(answer: Any) -> None:
-            if isinstance(answer, MoveError):
-                self._put_off(run)
-                return
-            self._leave(run)
-            if answer is None:
-                run.outcome = ending.outcome
-                self._ended(run.job, ending, is_due=True)
-
-        due_at = ending.finished_at
-        write = functools.partial(self._journal.end, run.job, ending, event, due_at=due_at)
-        self._writer.hand_over(write, then)
-
-    def _put_off(self, run: Run) -> None:
-        """Make an attempt that was taken, but not made, due again."""
-        if self._runs.get(run.job.id) is not run:  # another thread makes it
-            return
-        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
-
-        def then(_: Any) -> None:
-            self._look_for_attempts(RETRY_SECONDS)
-            self._leave(run)
-
-        self._writer.hand_over(lambda: self._journal.put_off(run.job.id, until=until), then)
+    # The analysis of a job
 
     def _analyze(self, run: Run, claimed: Claimed) -> None:
-        """Have the analysis run, have its event stored, and make the first attempt."""
+        """Have the analysis run."""
         listener = Listener(
-            started=lambda: self._note_start(run),
-            ended=functools.partial(setattr, run, "times_out_at", math.inf),
-            progressed=lambda fraction, note: self._note_progress(run, fraction, note),
-            kept=lambda value: self._journal.keep(run.job.id, value),
+            started=functools.partial(self._note_start, run),
+            returned=functools.partial(setattr, run, "times_out_at", math.inf),
+            progressed=functools.partial(self._note_progress, run),
+            kept=functools.partial(self._keep, run),
+            ended=functools.partial(self._note_end, run),
         )
-        job, body, kept = run.job, claimed.body, claimed.kept
-        event = again = None
-        if not run.outcome:  # else it was canceled just now
-            with self._executor.run(job, body, kept=kept, listener=listener) as ending:
-                again = self._again(job, ending)
-                if isinstance(ending, model.Ending) and not again:
-                    event = self._store(run, ending)
-        if again:
-            self._run_again(run, again)
-        elif event is None:
-            self._writer.hand_over(None, lambda _: self._leave(run))
-        else:
-            self._post(run, event)
+        try:
+            self._executor.run(run.job, claimed.body, kept=claimed.kept, listener=listener)
+        except MemoryError as exc:
+            self._give_up(run, exc)
 
     def _note_start(self, run: Run) -> None:
         run.started_at = self._clock()
-        if run.outcome:  # it was canceled just before
-            self._executor.stop(run.job.id)
         if timeout := self._config.job_timeout_seconds:
             run.times_out_at = time.monotonic() + timeout
-            self._wake()
+            self._times_out_at = min(self._times_out_at, run.times_out_at)
 
     def _note_progress(self, run: Run, fraction: float, note: str) -> None:
         run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
 
-    def _again(
-        self, job: model.Job, ending: model.Ending | model.Again | None
-    ) -> model.Again | None:
-        """Return whether and when an analysis runs again; None when it has ended."""
-        if not isinstance(ending, model.Ending):
-            return ending
-        if ending.outcome is not Outcome.FAILED:
+    def _keep(self, run: Run, value: str, answer: Callable[[str], None]) -> None:
+        def then(problem: Exception | None) -> None:
+            answer(str(problem or ""))
+
+        write = functools.partial(self._journal.keep, run.job.id, value)
+        self._writer.hand_over(write, then, may_fail=True)
+
+    def _note_end(self, run: Run, given: model.Ending | model.Again) -> None:
+        """Have stored how the analysis ended, or that it is to run again."""
+        run.times_out_at = math.inf
+        try:
+            again = given if isinstance(given, model.Again) else self._again(run.job, given)
+            if isinstance(given, model.Ending) and not again:
+                self._store(run, given)
+            elif again:
+                self._run_again(run, again)
+        except MemoryError as exc:
+            self._give_up(run, exc)
+
+    def _again(self, job: model.Job, given: model.Ending) -> model.Again | None:
+        """Return whether and when a failed analysis runs again."""
+        if given.outcome is not Outcome.FAILED:
             return None
-        error, schedule = ending.error or {}, self._config.analysis_schedule_seconds
+        error, schedule = given.error or {}, self._config.analysis_schedule_seconds
         # Never the message, which may contain data.
-        facts = {"type": error.get("type"), "frames": "; ".join(ending.frames) or None}
+        facts = {"type": error.get("type"), "frames": "; ".join(given.frames) or None}
         if log.isEnabledFor(logging.DEBUG):
             facts["error"] = error.get("message")
         log.warning("analysis failed", extra=job.facts | facts)
-        if not ending.may_run_again or job.failures >= len(schedule):
+        if not given.may_run_again or job.failures >= len(schedule):
             return None
         return model.Again(pause_seconds=schedule[job.failures], error=error)
 
@@ -528,7 +474,7 @@ class Runner:
 
         def then(answer: Any) -> None:
             self._leave(run)
-            if isinstance(answer, Exception):  # it was canceled at this very moment
+            if isinstance(answer, Exception):  # it was canceled, or timed out, at this moment
                 return
             self._waiting += not seconds
             self._starts_at = min(self._starts_at, time.monotonic() + seconds)
@@ -542,37 +488,72 @@ class Runner:
         write = functools.partial(run_again, run.job.id, again, now=now, has_started=has_started)
         self._writer.hand_over(write, then)
 
-    def _store(self, run: Run, given: model.Ending) -> bytes | None:
-        """Store how the analysis ended; return the event if this thread is to post it now."""
-        ending, event = self._prepare(run.job, given)
-        answer = queue.SimpleQueue[Any]()
-        run.times_out_at = math.inf
+    def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:
+        """Have stored how the analysis ended, and then the first attempt made."""
+        ending = self._dated(run.job, given)
 
-        def write() -> bool:  # in the loop
+        def write() -> bytes | None:
             run.is_posting = False  # it is not to count itself
             is_late = self._held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
             run.is_posting = True  # its place is free
             due_at = ending.finished_at if is_late else None
-            self._journal.end(run.job, ending, event, due_at=due_at)
-            return is_late
+            event = self._end(run.job, ending, due_at=due_at)
+            return None if is_late else event
 
-        def then(is_late: Any) -> None:
-            answer.put(is_late)
-            if isinstance(is_late, bool):
+        def then(event: Any) -> None:
+            if isinstance(event, MoveError):  # it was canceled, or timed out, at this moment
+                self._leave(run)
+            elif isinstance(event, Exception):
+                self._give_up(run, event)
+            else:
                 run.outcome = ending.outcome
-                self._ended(run.job, ending, is_due=is_late)
+                if event:
+                    self._start_thread(run, event)
+                else:
+                    self._leave(run)
+                self._ended(run.job, ending, is_due=event is None)
 
-        self._writer.hand_over(write, then, may_fail=True)
-        is_late = answer.get()
-        if isinstance(is_late, Exception) and not isinstance(is_late, MoveError):
-            raise is_late
-        return None if is_late else event.body  # a MoveError: it was canceled, or timed out
+        self._writer.hand_over(write, then, may_fail=may_fail)
+
+    def _give_up(self, run: Run, exc: Exception) -> None:
+        """End an analysis as failed, because its ending could not be stored."""
+        self._store(run, model.not_handled(exc), may_fail=False)
+
+    # An attempt
+
+    def _start_thread(self, run: Run, event: bytes) -> None:
+        """Start a thread for an attempt. If the system has none, the attempt waits a second."""
+        arguments, name = (run, event), run.job.id
+        try:
+            threading.Thread(target=self._post, args=arguments, name=name, daemon=True).start()
+        except (RuntimeError, MemoryError) as exc:  # can't start new thread
+            self._put_off(run)
+            with contextlib.suppress(MemoryError):  # others are still to be started
+                log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
 
     def _post(self, run: Run, event: bytes) -> None:
-        """Make one attempt, and hand over what came of it."""
-        attempt = self._sender.attempt(run.job, event)
-        write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
-        self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
+        """Make one attempt, and hand over what came of it: all that a job's thread does."""
+        try:
+            attempt = self._sender.attempt(run.job, event)
+            write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
+            self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
+        except BaseException:
+            while not self._drained.is_set():  # whatever happens, its attempt is made again
+                with contextlib.suppress(Exception):
+                    self._put_off(run)
+                    break
+                self._drained.wait(RETRY_SECONDS)
+            log.exception("job's thread failed", extra=run.job.facts)
+
+    def _put_off(self, run: Run) -> None:
+        """Make an attempt that was taken, but not made, due again."""
+        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
+
+        def then(_: Any) -> None:
+            self._look_for_attempts(RETRY_SECONDS)
+            self._leave(run)
+
+        self._writer.hand_over(lambda: self._journal.put_off(run.job.id, until=until), then)
 
     def _attempted(self, run: Run, attempt: model.Attempt, state: State | Exception) -> None:
         """Follow up on an attempt that was recorded."""
@@ -609,8 +590,8 @@ class Runner:
         Raises:
             MoveError: It has ended already.
         """
-        ending, event = self._prepare(job, given)
-        self._journal.end(job, ending, event, due_at=ending.finished_at)
+        ending = self._dated(job, given)
+        self._end(job, ending, due_at=ending.finished_at)
 
         def follow_up() -> None:
             if run := self._runs.get(job.id):
@@ -621,13 +602,18 @@ class Runner:
 
         return follow_up
 
-    def _prepare(self, job: model.Job, given: model.Ending) -> tuple[model.Ending, model.Event]:
-        """Return an ending with its times, and its event."""
+    def _dated(self, job: model.Job, given: model.Ending) -> model.Ending:
+        """Return an ending with its times."""
         run = self._runs.get(job.id)
         started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
-        ending = replace(given, started_at=started_at, finished_at=self._clock())
+        return replace(given, started_at=started_at, finished_at=self._clock())
+
+    def _end(self, job: model.Job, ending: model.Ending, *, due_at: datetime | None) -> bytes:
+        """Store an ending and its event, in the open transaction, and return what is posted."""
         max_bytes, job_url = self._config.postback_max_bytes, self._job_url(job.id)
-        return ending, model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
+        event = model.event_of(job, ending, max_bytes=max_bytes, job_url=job_url)
+        self._journal.end(job, ending, event, due_at=due_at)
+        return event.body
 
     def _ended(self, job: model.Job, ending: model.Ending, *, is_due: bool) -> None:
         """Tell how a job ended, once that is committed."""

@@ -196,6 +196,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         turn: Callable[[], contextlib.AbstractContextManager[Any]],
         work: Callable[[], float] = lambda: TICK_SECONDS,
         on_answer: Callable[[logs.Answer], None] = lambda _: None,
+        watched: int | None = None,
     ) -> None:
         """Begin to answer.
 
@@ -208,9 +209,12 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             work: What else the loop does after each turn. Returns after how many seconds to call it
                 again at the latest.
             on_answer: Is called with each answer that was sent.
+            watched: A descriptor. `work` is called as soon as it can be read.
         """
         self.application, self._turn, self._work = application, turn, work
         self.on_answer = on_answer
+        if watched is not None:
+            _Watched(watched, map=self._map)
         self._thread.start()
 
     def stop(self) -> None:
@@ -508,7 +512,21 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             self.handle_close()
 
 
-class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
+class _Watched(wasyncore.file_dispatcher):  # type: ignore[misc]
+    """A descriptor that others read. It only ends the wait of waitress's loop."""
+
+    def writable(self) -> bool:
+        """Return that there is nothing to send."""
+        return False
+
+    def handle_read(self) -> None:
+        """Do nothing: it is read after the turn."""
+
+    def handle_close(self) -> None:
+        """Do nothing: waitress calls it after an error."""
+
+
+class _Silent(_Watched):
     """The connections that wait for their callers. For waitress's loop they are one.
 
     Without it, each turn of the loop would ask each of thousands of half-sent requests.
@@ -524,19 +542,12 @@ class _Silent(wasyncore.file_dispatcher):  # type: ignore[misc]
         self._epoll.register(channel.socket, select.EPOLLIN)
         del self._map[channel.socket.fileno()]
 
-    def writable(self) -> bool:
-        """Return that there is nothing to send."""
-        return False
-
     def handle_read(self) -> None:
         """Give connections back to the loop, because their callers sent something."""
         for fd, flags in self._epoll.poll(0):
             self._epoll.unregister(fd)
             self._map[fd] = self._channels[fd]
             wasyncore.readwrite(self._channels[fd], flags)
-
-    def handle_close(self) -> None:
-        """Do nothing: waitress calls it after an error."""
 
 
 def is_local(host: str) -> bool:

@@ -262,8 +262,12 @@ def test_an_unusable_journal_is_refused_in_one_line_and_left_as_it_is(tmp_path, 
 # Starvation, the clock, a container
 
 
-@pytest.mark.parametrize("whose", [0, 1], ids=["of the service", "of the worker"])
-def test_g21_a_thread_that_cannot_start_leaves_its_job_to_be_run_later(start_process, whose):
+@pytest.mark.parametrize(
+    ("whose", "line"),
+    [(0, "thread not started"), (1, "analysis to run again")],
+    ids=["of the service", "of the worker"],
+)
+def test_g21_a_thread_that_cannot_start_leaves_its_job_for_later(start_process, whose, line):
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("run as root, with setpriv: a limit of threads does not hold for root")
     code = f"import os; os.execvp('setpriv', {[*AS_NOBODY, sys.executable, 'app.py']})"
@@ -272,7 +276,7 @@ def test_g21_a_thread_that_cannot_start_leaves_its_job_to_be_run_later(start_pro
 
     subprocess.run([*limit_threads, "--nproc=1:"], check=True)
     job_id = service.send(1)
-    service.wait_for_log("analysis to run again")
+    service.wait_for_log(line)
     subprocess.run([*limit_threads, "--nproc=1000:"], check=True)
 
     assert service.wait_for(job_id)["outcome"] == "succeeded"

@@ -9,7 +9,7 @@ from jobs import dask_executor, errors, model
 from jobs.dask_executor import DaskExecutor
 from tests.cluster import Cluster
 from tests.harness import ROOT, poll
-from tests.integration.test_executor import Call, mark
+from tests.integration.test_executor import Call, Loop, mark
 
 distributed = pytest.importorskip("distributed", reason="pip install -r requirements-dask.txt")
 
@@ -43,18 +43,18 @@ def start():
             scheduler_url=on.address,
             upload_path=upload,
             log_level="info",
-            on_change=lambda: None,
+            on_news=lambda: None,
         )
-        started.append(one)
         one.start()
+        started.append(Loop(one))
         if waits:
             poll(one.free, "the cluster", timeout=25)
         return one
 
     yield start
 
-    for one in started:
-        one.close()
+    for loop in started:
+        loop.close()
 
 
 def test_an_analysis_runs_on_the_cluster(cluster, start):
@@ -126,7 +126,7 @@ def test_a_cluster_that_is_away_is_waited_for(own_cluster, start, tmp_path, capl
     monkeypatch.setattr(dask_executor, "RETRY_SECONDS", 0.05)
     one = start(own_cluster, waits=False)
     poll(lambda: "cluster away" in caplog.messages, "the line")
-    assert (one.free(), Call(one, "fail", 0).wait()) == (0, model.Again())
+    assert one.free() == 0
     assert "cannot be used" in one.failure()
     own_cluster.start(workers=1)
     poll(one.free, "the cluster", timeout=25)
@@ -163,8 +163,8 @@ def test_what_is_stopped_is_given_up_and_so_is_all_at_the_close(cluster, start, 
     mark(other, tmp_path / "go")
     one.close()
 
-    assert other.wait() is None
-    assert one.free() == 0
+    poll(lambda: not one.free(), "the end of the connection")
+    assert not other.has_ended()
     (tmp_path / "go").touch()
 
 
@@ -173,5 +173,5 @@ def test_without_distributed_the_start_is_refused_with_what_to_install(monkeypat
 
     with pytest.raises(errors.ConfigError, match=r"install requirements-dask\.txt"):
         DaskExecutor(
-            analysis="", scheduler_url="", upload_path=None, log_level="", on_change=lambda: None
+            analysis="", scheduler_url="", upload_path=None, log_level="", on_news=lambda: None
         ).start()

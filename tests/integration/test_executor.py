@@ -5,11 +5,12 @@ import itertools
 import json
 import logging
 import os
+import queue
 import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -31,39 +32,80 @@ SHARED = {"alone": model.Alone.SHARED}
 _numbers = itertools.count(1)
 
 
-class Call(threading.Thread):
-    """One call of `run` in a thread of its own, which notes what the listener is told."""
+class Loop(threading.Thread):
+    """What the loop of the service does for an executor: it starts, listens and stops."""
 
-    def __init__(self, one, name, data, *, gate=None, **fields):
+    of: ClassVar[dict[Any, "Loop"]] = {}
+
+    def __init__(self, one):
         super().__init__(daemon=True)
-        self.job = dataclasses.replace(JOB, id=f"job-{next(_numbers)}", **fields)
-        self.told: list[Any] = []
-        self.has_started, self.has_ended = threading.Event(), threading.Event()
-        self.ending = "none yet"
-        self._one, self._gate = one, gate
-        self._body = json.dumps({"data": act(name, data)}).encode()
-        self._listener = Listener(
-            started=self.has_started.set,
-            ended=self.has_ended.set,
-            progressed=lambda *report: self.told.append(report),
-            kept=self.told.append,
-        )
+        self._one, self._calls, self._todo = one, list[Call](), queue.SimpleQueue[Any]()
+        self._is_closed = False
+        self.of[one] = self
         self.start()
 
     def run(self):
-        call = self._one.run(self.job, self._body, kept=None, listener=self._listener)
-        with call as self.ending:
-            if self._gate:
-                self._gate.wait(20)
+        while not self._is_closed:
+            self._one.selector.select(0.01)
+            self._one.listen()
+            with suppress(queue.Empty):
+                while True:
+                    self._todo.get_nowait()()
+            for call in [call for call in self._calls if call.job.alone or self._one.free()]:
+                if call.job.alone or self._one.free():
+                    self._calls.remove(call)
+                    self._one.run(call.job, call.body, kept=None, listener=call.listener)
+
+    def start_call(self, call):
+        self._todo.put(lambda: self._calls.append(call))
+
+    def stop_call(self, call):
+        def stop():
+            self._one.stop(call.job.id)
+            call.end(None)
+
+        self._todo.put(stop)
+
+    def close(self):
+        self._is_closed = True
+        self.join()
+        self._one.close()
+        del self.of[self._one]
+
+
+class Call:
+    """One call of `run`, as soon as there is a place, which notes what the listener is told."""
+
+    def __init__(self, one, name, data, **fields):
+        self.job = dataclasses.replace(JOB, id=f"job-{next(_numbers)}", **fields)
+        self.told: list[Any] = []
+        self.has_started, self.has_returned = threading.Event(), threading.Event()
+        self._endings = queue.SimpleQueue[Any]()
+        self._loop = Loop.of[one]
+        self.body = json.dumps({"data": act(name, data)}).encode()
+        self.listener = Listener(
+            started=self.has_started.set,
+            returned=self.has_returned.set,
+            progressed=lambda *report: self.told.append(report),
+            kept=lambda text, _: self.told.append(text),
+            ended=self.end,
+        )
+        self._loop.start_call(self)
+
+    def end(self, ending):
+        self._endings.put(ending)
 
     def stop(self):
-        self._one.stop(self.job.id)
+        self._loop.stop_call(self)
+
+    def has_ended(self):
+        return not self._endings.empty()
 
     def wait(self):
-        """Return the ending."""
-        self.join(20)
-        assert not self.is_alive(), f"{self._body[:200]!r} has not ended"
-        return self.ending
+        """Return the ending; None when it was stopped."""
+        ending = self._endings.get(timeout=20)
+        self._endings.put(ending)
+        return ending
 
     def result(self):
         ending = self.wait()
@@ -81,19 +123,19 @@ def start():
     started = []
 
     def start(workers=None, analysis="tests.misbehaving:act"):
-        started.append(
-            WorkerExecutor(
-                analysis=analysis, workers=workers, log_level="info", on_change=lambda: None
-            )
+        one = WorkerExecutor(
+            analysis=analysis, workers=workers, log_level="info", on_news=lambda: None
         )
-        started[-1].start()
-        return started[-1]
+        one.start()
+        started.append(one)
+        Loop(one)
+        return one
 
     yield start
 
     for one in started:
         pids = [worker.pid for worker in one._workers]
-        one.close()
+        Loop.of[one].close()
         assert not one._workers
         assert not any(map(is_alive, pids))
 
@@ -197,9 +239,12 @@ def test_while_the_service_drains_no_job_is_blamed_or_begins(one, tmp_path):
     running = Call(one, "wait", str(tmp_path / "go"))
     mark(running, tmp_path / "go")
 
+    waiting = Call(one, "echo", 1, **SHARED)
+    poll(lambda: len(one._runs) == 2, "its worker")
     one.drain()
 
-    assert Call(one, "echo", 1).wait() == model.Again()
+    assert Call(one, "echo", 1, **SHARED).wait() == executor.NOT_BEGUN
+    assert isinstance(waiting.wait(), model.Again)
     one._workers[0].kill()
     assert running.wait() == model.Again()
 
@@ -224,10 +269,11 @@ def test_a_stop_of_a_job_whose_worker_has_just_ended_starts_no_second_one(start,
     [pid] = [worker.pid for worker in one._workers]
 
     os.kill(pid, signal.SIGTERM)
-    poll(lambda: pid not in [worker.pid for worker in one._workers], "the end of its worker")
+    poll(lambda: not is_alive(pid), "the end of its worker")
     calls[0].stop()
 
     assert [call.wait() for call in calls] == [None, model.Again(is_alone=True)]
+    assert Call(one, "echo", 1).result() == 1
     assert [thread.name for thread in threading.enumerate()].count("worker") == 1
 
 
@@ -292,19 +338,6 @@ def test_a_stopped_job_may_have_ended_the_worker_of_another(start, tmp_path):
 # Places and limits
 
 
-def test_a_worker_is_free_again_when_the_ending_is_known_and_a_stop_is_too_late(start):
-    one, gate = start(1), threading.Event()
-    call = Call(one, "echo", 1, gate=gate)
-    poll(lambda: call.ending != "none yet", "the ending")
-
-    call.stop()
-
-    assert one.free() == 1
-    assert Call(one, "echo", 2).result() == 2
-    gate.set()
-    assert call.result() == 1
-
-
 def test_each_worker_runs_one_job_and_a_third_waits(start, tmp_path):
     one = start(2)
     poll(lambda: one.free() == 2, "both workers")
@@ -317,15 +350,15 @@ def test_each_worker_runs_one_job_and_a_third_waits(start, tmp_path):
     assert [call.result() for call in calls] == ["waited"] * 3
 
 
-def test_no_more_than_two_large_results_are_held(start):
-    one, gate = start(), threading.Event()
-    calls = [Call(one, "large", 2_000_000, gate=gate) for _ in range(4)]
-    poll(lambda: sum(call.ending != "none yet" for call in calls) == 2, "two results")
-    assert all(call.has_ended.wait(10) for call in calls)  # those that wait cannot time out
+def test_large_results_wait_for_each_other_and_cannot_time_out_then(start, monkeypatch):
+    monkeypatch.setattr(executor, "MAX_LARGE", 0)
+    one = start()
+    calls = [Call(one, "large", 2_000_000) for _ in range(4)]
+    assert all(call.has_returned.wait(10) for call in calls)
 
     assert Call(one, "large", 1000).result() == "x" * 1000
-    assert sum(call.ending != "none yet" for call in calls) == 2
-    gate.set()
+    assert not any(call.has_ended() for call in calls)
+    monkeypatch.setattr(executor, "MAX_LARGE", 2)
     assert [len(call.result()) for call in calls] == [2_000_000] * 4
 
 
