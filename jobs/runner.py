@@ -131,9 +131,8 @@ class Runner:
         crashed, self._waiting = self._journal.resume(now=now, latest=self._latest(now))
         for job in crashed:
             text = f"The service ended {job.interrupted} times while the analysis ran."
-            with self._journal.transaction():
-                follow_up = self._end_from_outside(job, model.crashed(text))
-            follow_up()
+            run = self._runs[job.id] = Run(job=job, started_at=job.started_at)
+            self._store(run, model.crashed(text))
         if crashed or self._waiting:
             log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
 
@@ -170,7 +169,17 @@ class Runner:
             MoveError: Its analysis has ended already.
             Refusal: There is no such job (404).
         """
-        return self._end_from_outside(self._journal.current(job_id), model.canceled())
+        job = self._journal.current(job_id)
+        ending = self._dated(job, model.canceled())
+        self._end(job, ending, due_at=ending.finished_at)
+
+        def follow_up() -> None:
+            self._executor.stop(job_id)
+            self._runs.pop(job_id, None)
+            self._tick_at = 0.0  # count those that wait: it may have been one of them
+            self._ended(job, ending, is_due=True)
+
+        return follow_up
 
     def resend(self, job_id: str) -> None:
         """Have an ended job's event posted again, under the same webhook-id.
@@ -273,12 +282,12 @@ class Runner:
         return max(0.0, max(self._work_at, min(times)) - time.monotonic())
 
     def _work_once(self, now: float) -> None:
+        if now >= self._times_out_at:
+            self._time_out(now)
         is_tick = now >= self._tick_at
         self._writer.write(retry=is_tick)
         if is_tick:
             self._tick()
-        if self._config.job_timeout_seconds:
-            self._time_out(now)
         if not self._is_draining:
             self._begin_new(now)
 
@@ -308,12 +317,8 @@ class Runner:
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over."""
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
-            ending = model.timed_out(self._config.job_timeout_seconds or 0)
-            with contextlib.suppress(MoveError):  # it was canceled
-                with self._journal.transaction():
-                    follow_up = self._end_from_outside(run.job, ending)
-                follow_up()
-            run.times_out_at = math.inf
+            self._executor.stop(run.job.id)
+            self._store(run, model.timed_out(self._config.job_timeout_seconds or 0))
         self._times_out_at = min(
             (run.times_out_at for run in self._runs.values()), default=math.inf
         )
@@ -341,11 +346,9 @@ class Runner:
                 max_shared=MAX_ALONE - shared,
                 max_interrupted=0 if interrupted else 1,
             )
-            # When the claim comes back short, few or none wait, and to count them is cheap.
-            left = self._journal.count_waiting() if len(claimed) < limit else None
             runs = {one.job.id: Run(job=one.job) for one in claimed}
         self._runs |= runs
-        self._waiting = max(0, self._waiting - len(claimed)) if left is None else left
+        self._waiting = max(0, self._waiting - len(claimed))
         for one in claimed:
             self._analyze(runs[one.job.id], one)
         if len(claimed) == MAX_STARTS:
@@ -444,7 +447,6 @@ class Runner:
 
     def _note_end(self, run: Run, given: model.Ending | model.Again) -> None:
         """Have stored how the analysis ended, or that it is to run again."""
-        run.times_out_at = math.inf
         try:
             again = given if isinstance(given, model.Again) else self._again(run.job, given)
             if isinstance(given, model.Ending) and not again:
@@ -490,7 +492,7 @@ class Runner:
 
     def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:
         """Have stored how the analysis ended, and then the first attempt made."""
-        ending = self._dated(run.job, given)
+        run.times_out_at, ending = math.inf, self._dated(run.job, given)
 
         def write() -> bytes | None:
             run.is_posting = False  # it is not to count itself
@@ -517,6 +519,7 @@ class Runner:
 
     def _give_up(self, run: Run, exc: Exception) -> None:
         """End an analysis as failed, because its ending could not be stored."""
+        self._executor.stop(run.job.id)
         self._store(run, model.not_handled(exc), may_fail=False)
 
     # An attempt
@@ -580,27 +583,6 @@ class Runner:
         log.log(level, "job %s", state, extra={**job.facts, **facts, "seconds": seconds})
 
     # Shared
-
-    def _end_from_outside(self, job: model.Job, given: model.Ending) -> Callable[[], None]:
-        """End a job while its analysis may run: what it returns later counts for nothing.
-
-        Returns:
-            What the loop must call after the commit.
-
-        Raises:
-            MoveError: It has ended already.
-        """
-        ending = self._dated(job, given)
-        self._end(job, ending, due_at=ending.finished_at)
-
-        def follow_up() -> None:
-            if run := self._runs.get(job.id):
-                run.outcome = ending.outcome
-            self._executor.stop(job.id)
-            self._tick_at = 0.0  # count those that wait: it may have been one of them
-            self._ended(job, ending, is_due=True)
-
-        return follow_up
 
     def _dated(self, job: model.Job, given: model.Ending) -> model.Ending:
         """Return an ending with its times."""

@@ -135,6 +135,20 @@ def test_a_cancel_that_cannot_be_committed_is_refused_and_the_job_goes_on(
     assert service.wait_for(job_id)["outcome"] == "succeeded"
 
 
+def test_a_canceled_job_frees_its_place_though_its_event_must_wait(start_hasty, receiver):
+    service = start_hasty(MAX_RUNNING="1")
+    receiver.answers = [b"HTTP/1.1 503 x\r\nRetry-After: 60\r\nContent-Length: 0\r\n\r\n"]
+    held = service.send(1)
+    poll(lambda: service.job(held)["attempts"], "an attempt after which the receiver is held")
+    running = service.send(act("sleep", 60))
+    service.wait_for(running, "running")
+
+    service.post(f"/jobs/{running}/cancel")
+
+    service.wait_for(service.send(2), "delivering")
+    assert service.job(running)["attempts"] == []
+
+
 # A journal that fails once
 
 
