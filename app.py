@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -272,7 +272,7 @@ class Service:
         self.journal = Journal(
             config.journal_path, on_lost=on_lost, on_commit=self.metrics.committed
         )
-        self._executor = _executor(config, on_news=self._on_news)
+        self._executor = _executor(config)
         self._is_running = self.is_stopping = False
 
     def start(self) -> None:
@@ -286,6 +286,7 @@ class Service:
         self.journal.open()
         self._executor.start()
         self.server = Server(host=config.host, port=config.port, max_body_bytes=self.max_body_bytes)
+        self._executor.on_news = self.server.wake
         own_url = _own_url(config.host, self.server.port)
         self.base_url = config.public_url or own_url
         self.postback_url = config.postback_url or f"{own_url}/postprocessed"
@@ -311,10 +312,6 @@ class Service:
             watched=self._executor.selector.fileno(),
         )
         gc.freeze()  # what is there now stays: the collector need not look at it again
-
-    def _on_news(self) -> None:
-        if self._is_running:
-            self.server.wake()
 
     def check(self) -> None:
         """Try what can be tried without the journal and the address.
@@ -410,12 +407,8 @@ def _open_standard_streams() -> None:
     os.close(descriptor)
 
 
-def _executor(settings: Config, on_news: Callable[[], None]) -> WorkerExecutor | DaskExecutor:
-    common: dict[str, Any] = {
-        "analysis": settings.analysis,
-        "log_level": settings.log_level,
-        "on_news": on_news,
-    }
+def _executor(settings: Config) -> WorkerExecutor | DaskExecutor:
+    common: dict[str, Any] = {"analysis": settings.analysis, "log_level": settings.log_level}
     if settings.executor == "dask":
         url = settings.dask_scheduler or ""
         return DaskExecutor(**common, scheduler_url=url, upload_path=settings.dask_upload)

@@ -11,7 +11,7 @@ import secrets
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,6 @@ class DaskExecutor(Executor):
             configuration.
         upload_path: A .py, .zip or .egg file that every Dask worker is given.
         log_level: Is not used: Dask workers have a log of their own.
-        on_news: Is called when there is something for `listen`, or `free` may have changed.
     """
 
     def __init__(
@@ -64,9 +63,8 @@ class DaskExecutor(Executor):
         scheduler_url: str,
         upload_path: Path | None,
         log_level: str,  # noqa: ARG002 - as the other executor
-        on_news: Callable[[], None],
     ) -> None:
-        super().__init__(on_news)
+        super().__init__()
         self._analysis = analysis
         self._url = scheduler_url
         self._upload_paths = [upload_path] if upload_path else []
@@ -235,4 +233,4 @@ class DaskExecutor(Executor):
         if failure:
             for run in list(self._runs.values()):
                 self._tell(self._finish, run, AGAIN)
-        self._on_news()
+        self.on_news()

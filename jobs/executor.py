@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: A result of more bytes counts as large. So many large ones are read at once.
-LARGE_BYTES, MAX_LARGE = 1024**2, 2
+#: A result of more bytes counts as large. So many are read, or held, at once. One of which nothing
+#: came for so many seconds is given up, together with its worker.
+LARGE_BYTES, MAX_LARGE, SILENCE_SECONDS = 1024**2, 2, 60.0
 
 #: Bytes of a result that are read at once.
 READ_BYTES, READ_LARGE_BYTES = 64 * 1024, 1024**2
@@ -57,6 +58,9 @@ STOP_SECONDS = 0.5
 
 #: Seconds that `close` waits for the workers to end.
 CLOSE_SECONDS = 1.0
+
+#: In place of a payload that was sent. An empty part of one would keep all of it in memory.
+NOTHING = memoryview(b"")
 
 #: Of a job that could not begin.
 NOT_BEGUN = model.Again(pause_seconds=PAUSE_SECONDS, has_started=False)
@@ -131,6 +135,7 @@ class _Run:
     Attributes:
         unsent: What the worker has still to be sent.
         received: What came from it and is not a whole frame yet.
+        heard_at: When something came from it, by the monotonic clock.
         has_begun: The worker has said so, and from then on the job may be what ends it.
         is_stopped: Its outcome was decided elsewhere.
     """
@@ -141,20 +146,24 @@ class _Run:
     unsent: memoryview
     connection: socket.socket | None = None
     received: bytearray = field(default_factory=bytearray)
+    heard_at: float = 0.0
     has_begun: bool = False
     is_stopped: bool = False
 
 
 class Executor:
-    """What the executors have in common. Only one thread at a time may call `listen`.
+    """What the executors have in common.
 
-    Args:
+    Attributes:
         on_news: Is called by other threads when there is something for `listen`. What can be read
             from the selector is not told so.
+        held: How many results whoever listens holds in memory, and cannot store.
     """
 
-    def __init__(self, on_news: Callable[[], None]) -> None:
-        self._on_news = on_news
+    held = 0
+
+    def __init__(self) -> None:
+        self.on_news: Callable[[], None] = lambda: None
         self._news = queue.SimpleQueue[Callable[[], None]]()  # what `listen` is to call
         self.selector = selectors.DefaultSelector()
 
@@ -167,7 +176,7 @@ class Executor:
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         """Have `listen` do something."""
         self._news.put(functools.partial(what, *arguments))
-        self._on_news()
+        self.on_news()
 
 
 class WorkerExecutor(Executor):
@@ -179,13 +188,10 @@ class WorkerExecutor(Executor):
         analysis: The user's function, as `package.module:function`.
         workers: How many processes, with one job each; None for one process with many jobs.
         log_level: Of what the analysis logs.
-        on_news: As above.
     """
 
-    def __init__(
-        self, *, analysis: str, workers: int | None, log_level: str, on_news: Callable[[], None]
-    ) -> None:
-        super().__init__(on_news)
+    def __init__(self, *, analysis: str, workers: int | None, log_level: str) -> None:
+        super().__init__()
         self._arguments = (log_level, analysis)
         self._count = workers or 1
         self._slots = 1 if workers else sys.maxsize
@@ -195,7 +201,7 @@ class WorkerExecutor(Executor):
         self._workers: list[_Worker] = []
         self._refusal: str | None = None  # why the analysis could not be loaded last
         self._retry_seconds, self._retry_at = RETRY_SECONDS / 2, 0.0
-        self._is_started = self._is_closed = False
+        self._is_started = False
         self._draining = threading.Event()
 
     def start(self) -> None:
@@ -204,9 +210,9 @@ class WorkerExecutor(Executor):
         Raises:
             ConfigError: It cannot load the analysis.
         """
-        self._keep_up()
         seconds = 0.0
         while not (self._serving() or self._refusal):
+            self._keep_up()
             try:
                 self._news.get(timeout=LOADING_SECONDS)()
             except queue.Empty:
@@ -238,7 +244,7 @@ class WorkerExecutor(Executor):
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
         payload = memoryview(worker.pack(facts, body))
         if job.alone:
-            one = self._start_worker(slots=0, is_stale=True)
+            one = self._start_worker(0)
         else:
             one = next((one for one in self._serving() if one.free() > 0), None)
         if one is None:
@@ -264,7 +270,11 @@ class WorkerExecutor(Executor):
                 self._send(key.data)
             if events & selectors.EVENT_READ:
                 self._hear(key.data)
-        while self._waiting and len(self._large) < MAX_LARGE:
+        for run in [
+            run for run in self._large if run.heard_at < time.monotonic() - SILENCE_SECONDS
+        ]:
+            run.worker.kill()  # the rest follows at its end
+        while self._waiting and len(self._large) + self.held < MAX_LARGE:
             self._resume(self._waiting.popleft())
         self._keep_up()
 
@@ -276,12 +286,11 @@ class WorkerExecutor(Executor):
     def close(self) -> None:
         """Kill all workers."""
         self.drain()
-        self._is_closed = True
-        for one in self._workers:
-            one.kill()
         deadline = time.monotonic() + CLOSE_SECONDS
         with suppress(queue.Empty):
             while self._workers:
+                for one in self._workers:  # also one that has a process only now
+                    one.kill()
                 self._news.get(timeout=max(0.0, deadline - time.monotonic()))()
 
     # A job
@@ -289,19 +298,14 @@ class WorkerExecutor(Executor):
     def _begin(self, run: _Run, control: socket.socket) -> None:
         """Give a job to its worker, which is ready."""
         try:
-            ours, theirs = socket.socketpair()
-        except OSError:  # there are too many open files
-            self._finish(run, NOT_BEGUN)
-            return
-        ours.settimeout(0)
-        run.connection = ours
-        self.selector.register(ours, selectors.EVENT_READ, run)
-        run.listener.started()
-        try:
+            run.connection, theirs = socket.socketpair()
             with theirs:
+                run.connection.settimeout(0)
+                self.selector.register(run.connection, selectors.EVENT_READ, run)
+                run.listener.started()
                 socket.send_fds(control, [b"j"], [theirs.fileno()])
-        except OSError:  # the worker has hung up
-            self._lose(run)
+        except OSError:  # there are too many open files, or the worker has hung up
+            self._finish(run, NOT_BEGUN)
         else:
             self._send(run)
 
@@ -310,9 +314,11 @@ class WorkerExecutor(Executor):
         if not run.connection:  # it ended in this very turn
             return
         try:
-            run.unsent = run.unsent[run.connection.send(run.unsent) :]
+            run.unsent = run.unsent[run.connection.send(run.unsent) :] or NOTHING
+        except BlockingIOError:
+            pass
         except OSError:  # what the worker has sent can still be read
-            run.unsent = run.unsent[:0]
+            run.unsent = NOTHING
         also = selectors.EVENT_WRITE if run.unsent else 0
         self.selector.modify(run.connection, selectors.EVENT_READ | also, run)
 
@@ -335,12 +341,13 @@ class WorkerExecutor(Executor):
         except Exception as exc:
             log.exception("worker not heard", extra=run.job.facts)
             if run.job.id in self._runs:
-                self._finish(run, model.not_handled(exc))
+                self.stop(run.job.id)
+                run.listener.ended(model.not_handled(exc))
         return True
 
     def _go_on(self, run: _Run) -> None:
         """Deal with the frames that are complete."""
-        data, size = run.received, worker.FRAME.size
+        data, size, run.heard_at = run.received, worker.FRAME.size, time.monotonic()
         if not run.has_begun:
             run.has_begun = True
             del data[: len(worker.START)]
@@ -373,7 +380,7 @@ class WorkerExecutor(Executor):
         """Return whether a large result may be read now. If not, it waits until another was."""
         if run not in self._large:
             run.listener.returned()
-            if run.connection and len(self._large) >= MAX_LARGE:
+            if run.connection and len(self._large) + self.held >= MAX_LARGE:
                 self.selector.unregister(run.connection)
                 self._waiting.append(run)
                 return False
@@ -407,6 +414,7 @@ class WorkerExecutor(Executor):
                 self.selector.unregister(run.connection)
             run.connection.close()
             run.connection = None
+        run.received, run.unsent = bytearray(), NOTHING  # its worker may keep it for long
 
     def _leave(self, run: _Run) -> None:
         self._hang_up(run)
@@ -415,7 +423,6 @@ class WorkerExecutor(Executor):
     def _finish(self, run: _Run, ending: model.Ending | model.Again) -> None:
         self._leave(run)
         run.worker.runs.discard(run)
-        self._retire(run.worker)
         run.listener.ended(ending)
 
     # A worker
@@ -431,31 +438,25 @@ class WorkerExecutor(Executor):
         if one.code is None:
             log.info("worker retired", extra={"pid": one.pid, "job_id": run.job.id})
             one.is_stale = True
-            self._retire(one)
-
-    def _retire(self, one: _Worker) -> None:
-        """Kill a worker that may end: it is stale, no job needs it, and new ones have another.
-
-        When the executor is closed, all may.
-        """
-        has_another = one.slots <= 1 or any(not other.is_stale for other in self._serving())
-        if self._is_closed or (one.is_stale and has_another and not one.is_needed):
-            one.kill()
 
     def _keep_up(self) -> None:
-        """Start workers until there are as many as there should be."""
-        while (
-            sum(not one.is_stale for one in self._workers) < self._count
-            and time.monotonic() >= self._retry_at
-            and self._start_worker(slots=self._slots, is_stale=False)
-        ):
-            pass
+        """Kill the workers that may end, and start as many as are missing.
 
-    def _start_worker(self, *, slots: int, is_stale: bool) -> _Worker | None:
+        A stale one may end if no job needs it, and new ones have another.
+        """
+        has_another = any(not one.is_stale for one in self._serving())
+        for one in self._workers:
+            if one.is_stale and not one.is_needed and (has_another or one.slots <= 1):
+                one.kill()
+        if time.monotonic() >= self._retry_at:
+            for _ in range(self._count - sum(not one.is_stale for one in self._workers)):
+                self._start_worker(self._slots)
+
+    def _start_worker(self, slots: int) -> _Worker | None:
         """Start a worker, and return it; None while there are too many threads, or in a drain."""
         if self._draining.is_set():
             return None
-        one = _Worker(slots, is_stale)
+        one = _Worker(slots, is_stale=not slots)
         try:
             threading.Thread(target=self._live, args=(one,), name="worker", daemon=True).start()
         except (RuntimeError, MemoryError) as exc:
@@ -467,9 +468,7 @@ class WorkerExecutor(Executor):
     def _welcome(self, one: _Worker, control: socket.socket) -> None:
         """Let a worker have jobs, in place of a stale one."""
         one.control, self._refusal, self._retry_seconds = control, None, RETRY_SECONDS / 2
-        for other in self._workers:
-            self._retire(other)
-        for run in [*one.runs]:
+        for run in [run for run in one.runs if not run.is_stopped]:
             self._begin(run, control)
         log.info("worker ready", extra={"pid": one.pid})
 
@@ -527,7 +526,7 @@ class WorkerExecutor(Executor):
         process, control = self._start_process()
         with process, control.makefile("rb") as lines:
             one.pid = process.pid
-            self._tell(self._retire, one)  # it may be useless meanwhile
+            self._tell(self._keep_up)  # it may be useless meanwhile
             line = lines.readline()
             if line == worker.READY:
                 self._tell(self._welcome, one, control)
@@ -540,7 +539,10 @@ class WorkerExecutor(Executor):
                 one.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         if line == worker.READY:
             return None
-        problem = line.decode().strip() or f"loading it ended its process: {_how(one.code)}"
+        problem = (
+            line.decode(errors="replace").strip()
+            or f"loading it ended its process: {_how(one.code)}"
+        )
         return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
 
     def _start_process(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:

@@ -22,7 +22,7 @@ from typing import Any
 from config import Config
 from jobs import model
 from jobs.dask_executor import DaskExecutor
-from jobs.errors import JournalError, JournalLost, MoveError, Refusal
+from jobs.errors import JournalError, JournalLost, Refusal
 from jobs.executor import Listener, WorkerExecutor
 from jobs.journal import Claimed, Journal
 from jobs.model import Outcome, State
@@ -116,7 +116,6 @@ class Runner:
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_crowded = False  # a due attempt waits until another one ends
-        self._is_working = False  # the loop has called `work`
         self._is_draining = False
         self._drained = threading.Event()  # the drain has ended
         # When the loop looks for each kind of work, by the monotonic clock.
@@ -198,7 +197,7 @@ class Runner:
         now, resent = self._clock(), 0
         while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
             resent += count
-            self._writer.hand_over(None, lambda _: self._look_for_attempts(0.0))
+            self._writer.hand_over(lambda: self._look_for_attempts(0.0), lambda _: None)
             if self._drained.wait(BATCH_PAUSE_SECONDS):
                 break
         self._journal.probe(durable=True)
@@ -234,8 +233,7 @@ class Runner:
             self._journal.plan_stop()  # before all else, because a kill may follow
         self._is_draining = True
         self._wake()
-        if self._is_working:
-            self._drained.wait(seconds)
+        self._drained.wait(seconds)
         self._drained.set()
         self._journal.plan_stop()  # again, because it may have failed
         return self._journal.count_unfinished()
@@ -261,8 +259,9 @@ class Runner:
 
         Call it also after each turn, and when `wake` was called.
         """
-        now, self._is_working = time.monotonic(), True
+        now = time.monotonic()
         try:
+            self._executor.held = len(self._writer.failed)
             self._executor.listen()
             if now >= self._work_at:
                 self._work_once(now)
@@ -333,7 +332,7 @@ class Runner:
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        places = self._max_running - len(jobs) - self._writer.count_failed()  # they are in memory
+        places = self._max_running - len(jobs) - len(self._writer.failed)  # they are in memory
         limit = min(places, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
@@ -417,16 +416,17 @@ class Runner:
 
     def _analyze(self, run: Run, claimed: Claimed) -> None:
         """Have the analysis run."""
-        listener = Listener(
-            started=functools.partial(self._note_start, run),
-            returned=functools.partial(setattr, run, "times_out_at", math.inf),
-            progressed=functools.partial(self._note_progress, run),
-            kept=functools.partial(self._keep, run),
-            ended=functools.partial(self._note_end, run),
-        )
         try:
+            listener = Listener(
+                started=functools.partial(self._note_start, run),
+                returned=functools.partial(setattr, run, "times_out_at", math.inf),
+                progressed=functools.partial(self._note_progress, run),
+                kept=functools.partial(self._keep, run),
+                ended=functools.partial(self._note_end, run),
+            )
             self._executor.run(run.job, claimed.body, kept=claimed.kept, listener=listener)
-        except MemoryError as exc:
+        except Exception as exc:
+            log.exception("analysis not begun", extra=run.job.facts)
             self._give_up(run, exc)
 
     def _note_start(self, run: Run) -> None:
@@ -440,13 +440,14 @@ class Runner:
 
     def _keep(self, run: Run, value: str, answer: Callable[[str], None]) -> None:
         def then(problem: Exception | None) -> None:
-            answer(str(problem or ""))
+            answer((str(problem) or type(problem).__name__) if problem else "")
 
         write = functools.partial(self._journal.keep, run.job.id, value)
         self._writer.hand_over(write, then, may_fail=True)
 
     def _note_end(self, run: Run, given: model.Ending | model.Again) -> None:
         """Have stored how the analysis ended, or that it is to run again."""
+        run.times_out_at = math.inf
         try:
             again = given if isinstance(given, model.Again) else self._again(run.job, given)
             if isinstance(given, model.Ending) and not again:
@@ -503,7 +504,7 @@ class Runner:
             return None if is_late else event
 
         def then(event: Any) -> None:
-            if isinstance(event, MoveError):  # it was canceled, or timed out, at this moment
+            if isinstance(event, Refusal):  # it was canceled, or timed out, at this moment
                 self._leave(run)
             elif isinstance(event, Exception):
                 self._give_up(run, event)

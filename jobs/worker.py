@@ -53,9 +53,6 @@ READY = b"\n"
 #: The kind and the length of a frame; the lengths of a job's facts and of its body.
 FRAME, LENGTHS = struct.Struct("!cI"), struct.Struct("!II")
 
-#: Bytes that are read at least, if they are there, so that short frames come by one system call.
-READ_BYTES = 65_536
-
 #: Progress less than this many seconds after the last is dropped.
 PROGRESS_SECONDS = 0.25
 
@@ -394,24 +391,15 @@ def analyze_on_dask(
 # The connection of a job
 
 
-class Reader:
-    """Reads frames from a connection. Raises OSError when the other end has hung up."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._data = b""  # was received and is not read yet
-
-    def read(self, size: int) -> bytes:
-        """Return as many bytes."""
-        data = self._data
-        while (missing := size - len(data)) > 0:
-            flags = socket.MSG_WAITALL if missing > READ_BYTES else 0
-            more = self.connection.recv(max(missing, READ_BYTES), flags)
-            if not more:
-                raise ConnectionError
-            data += more
-        self._data = data[size:]
-        return data[:size]
+def _read(connection: socket.socket, size: int) -> bytes:
+    """Return as many bytes. Raises OSError when the other end has hung up."""
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data), socket.MSG_WAITALL)
+        if not more:
+            raise ConnectionError
+        data += more
+    return data
 
 
 def send(connection: socket.socket, kind: bytes, payload: bytes) -> None:
@@ -431,21 +419,20 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
     threading._active.pop(threading.get_ident(), None)  # type: ignore[attr-defined] # noqa: SLF001
     with suppress(OSError), connection:  # the service has hung up
         connection.sendall(START)
-        frames = Reader(connection)
-        header_size, body_size = LENGTHS.unpack(frames.read(LENGTHS.size))
-        facts = json.loads(frames.read(header_size))
-        job = Job(partial(_report, frames), **facts)
+        header_size, body_size = LENGTHS.unpack(_read(connection, LENGTHS.size))
+        data = _read(connection, header_size + body_size)
+        job = Job(partial(_report, connection), **json.loads(data[:header_size]))
         job_id.set(job.id)
-        kind, payload = run(analyze, frames.read(body_size), job)
+        kind, payload = run(analyze, data[header_size:], job)
         with job.lock:  # a report that is under way is waited for
             send(connection, kind, payload)
 
 
-def _report(frames: Reader, fraction: float, note: str, kept: str | None) -> None:
-    send(frames.connection, PROGRESS, _encode([fraction, note, kept]).encode())
+def _report(connection: socket.socket, fraction: float, note: str, kept: str | None) -> None:
+    send(connection, PROGRESS, _encode([fraction, note, kept]).encode())
     if kept is not None:
-        _, length = FRAME.unpack(frames.read(FRAME.size))
-        if problem := frames.read(length):
+        _, length = FRAME.unpack(_read(connection, FRAME.size))
+        if problem := _read(connection, length):
             raise RuntimeError(problem.decode())
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger("postback")
 
 
 class _Write(NamedTuple):
-    write: Callable[[], Any] | None
+    write: Callable[[], Any]
     then: Callable[[Any], None]
     may_fail: bool
 
@@ -37,21 +37,17 @@ class Writer:
         self._journal = journal
         self._on_write = on_write
         self._writes: deque[_Write] = deque()
-        self._failed: list[_Write] = []  # to be tried again
+        self.failed: list[_Write] = []  # to be tried again
         self.failure: JournalError | None = None
 
     def hand_over(
-        self,
-        write: Callable[[], Any] | None,
-        then: Callable[[Any], None],
-        *,
-        may_fail: bool = False,
+        self, write: Callable[[], Any], then: Callable[[Any], None], *, may_fail: bool = False
     ) -> None:
         """Have something written.
 
         Args:
             write: Changes the journal, inside a transaction. It is tried again until the journal
-                takes it. None for nothing.
+                takes it.
             then: Is given what `write` returned, after the commit; or the Refusal that it raised,
                 mostly a MoveError.
             may_fail: `then` is also given any other exception than a JournalError.
@@ -72,8 +68,8 @@ class Writer:
             JournalLost: The journal can no longer be trusted.
         """
         if retry:
-            self._writes.extend(self._failed)
-            self._failed, self.failure = [], None
+            self._writes.extend(self.failed)
+            self.failed, self.failure = [], None
         writes = [self._writes.popleft() for _ in range(len(self._writes))]
         if not writes:
             return
@@ -88,16 +84,12 @@ class Writer:
             answers = [self._write_alone(one, deadline) for one in writes]
         for one, answer in zip(writes, answers, strict=True):
             if isinstance(answer, JournalError):
-                self._failed.append(one)
+                self.failed.append(one)
                 self.failure = answer
             else:
                 _tell(one, answer)
         if isinstance(self.failure, JournalLost):
             raise self.failure
-
-    def count_failed(self) -> int:
-        """Return how many of those that failed are to be tried again."""
-        return len(self._failed)
 
     def _write_alone(self, one: _Write, deadline: float) -> Any:
         if time.monotonic() > deadline:
@@ -115,7 +107,7 @@ class Writer:
 def _answer(one: _Write) -> Any:
     """Return what a write returns, or how the state of its job did not allow it."""
     try:
-        return one.write() if one.write else None
+        return one.write()
     except JournalError:
         raise
     except Refusal as exc:

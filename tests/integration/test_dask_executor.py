@@ -43,7 +43,6 @@ def start():
             scheduler_url=on.address,
             upload_path=upload,
             log_level="info",
-            on_news=lambda: None,
         )
         one.start()
         started.append(Loop(one))
@@ -172,6 +171,4 @@ def test_without_distributed_the_start_is_refused_with_what_to_install(monkeypat
     monkeypatch.setitem(sys.modules, "distributed", None)
 
     with pytest.raises(errors.ConfigError, match=r"install requirements-dask\.txt"):
-        DaskExecutor(
-            analysis="", scheduler_url="", upload_path=None, log_level="", on_news=lambda: None
-        ).start()
+        DaskExecutor(analysis="", scheduler_url="", upload_path=None, log_level="").start()

@@ -76,7 +76,7 @@ class Loop(threading.Thread):
 class Call:
     """One call of `run`, as soon as there is a place, which notes what the listener is told."""
 
-    def __init__(self, one, name, data, **fields):
+    def __init__(self, one, name, data, progressed=None, **fields):
         self.job = dataclasses.replace(JOB, id=f"job-{next(_numbers)}", **fields)
         self.told: list[Any] = []
         self.has_started, self.has_returned = threading.Event(), threading.Event()
@@ -86,7 +86,7 @@ class Call:
         self.listener = Listener(
             started=self.has_started.set,
             returned=self.has_returned.set,
-            progressed=lambda *report: self.told.append(report),
+            progressed=progressed or (lambda *report: self.told.append(report)),
             kept=lambda text, _: self.told.append(text),
             ended=self.end,
         )
@@ -123,9 +123,7 @@ def start():
     started = []
 
     def start(workers=None, analysis="tests.misbehaving:act"):
-        one = WorkerExecutor(
-            analysis=analysis, workers=workers, log_level="info", on_news=lambda: None
-        )
+        one = WorkerExecutor(analysis=analysis, workers=workers, log_level="info")
         one.start()
         started.append(one)
         Loop(one)
@@ -350,16 +348,59 @@ def test_each_worker_runs_one_job_and_a_third_waits(start, tmp_path):
     assert [call.result() for call in calls] == ["waited"] * 3
 
 
-def test_large_results_wait_for_each_other_and_cannot_time_out_then(start, monkeypatch):
-    monkeypatch.setattr(executor, "MAX_LARGE", 0)
+def test_large_results_wait_while_others_are_held_and_cannot_time_out_then(start):
     one = start()
+    one.held = executor.MAX_LARGE
     calls = [Call(one, "large", 2_000_000) for _ in range(4)]
     assert all(call.has_returned.wait(10) for call in calls)
 
     assert Call(one, "large", 1000).result() == "x" * 1000
     assert not any(call.has_ended() for call in calls)
-    monkeypatch.setattr(executor, "MAX_LARGE", 2)
+    one.held = 0
     assert [len(call.result()) for call in calls] == [2_000_000] * 4
+
+
+def test_a_large_result_that_does_not_come_ends_its_worker(start, monkeypatch):
+    monkeypatch.setattr(executor, "SILENCE_SECONDS", 0.2)
+    one = start()
+    one.held = executor.MAX_LARGE
+    call = Call(one, "large", 2_000_000)
+    assert call.has_returned.wait(10)
+
+    os.kill(one._workers[0].pid, signal.SIGSTOP)
+    one.held = 0
+
+    assert call.error() == "The analysis ended its process: signal 9 (Killed)."
+
+
+def test_a_report_that_cannot_be_handled_fails_its_job_and_retires_its_worker(one, tmp_path):
+    def fail(*_):
+        raise MemoryError
+
+    pid = one._workers[0].pid
+    call = Call(one, "report", [0.5, "half", str(tmp_path / "never")], progressed=fail)
+
+    assert call.error() == "The result could not be handled."
+    poll(lambda: not is_alive(pid), "the end of its worker")
+    assert Call(one, "echo", 1).result() == 1
+
+
+def test_a_job_that_is_stopped_while_its_worker_gets_ready_does_not_begin(start, monkeypatch):
+    one = start()
+    call: Any = None
+    welcome = one._welcome
+
+    def stop_and_welcome(*arguments):
+        one.stop(call.job.id)
+        welcome(*arguments)
+
+    monkeypatch.setattr(one, "_welcome", stop_and_welcome)
+    call = Call(one, "echo", 1, **SHARED)
+    poll(lambda: one._runs, "a worker of its own")
+    poll(lambda: not one._runs, "the stop")
+
+    assert Call(one, "echo", 2).result() == 2
+    assert not call.has_started.is_set()
 
 
 @pytest.mark.parametrize("left", [0, 1])

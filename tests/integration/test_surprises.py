@@ -81,7 +81,7 @@ def start_executor():
     started = []
 
     def start_executor(workers=None, analysis=ACT["ANALYSIS"]):
-        options = {"workers": workers, "log_level": "info", "on_news": lambda: None}
+        options = {"workers": workers, "log_level": "info"}
         one = WorkerExecutor(analysis=analysis, **options)
         one.start()
         started.append(Loop(one))
@@ -240,7 +240,7 @@ def test_a_journal_that_another_program_locks_is_waited_for_once(start_hasty):
         writer.write()
         journal._connection.set_trace_callback(None)
 
-    assert (executed.count("BEGIN IMMEDIATE"), writer.count_failed(), told) == (1, 3, [])
+    assert (executed.count("BEGIN IMMEDIATE"), len(writer.failed), told) == (1, 3, [])
     writer.write(retry=True)
     assert told == [None] * 3
 
@@ -261,7 +261,36 @@ def test_a_write_that_always_fails_holds_up_no_other_though_they_take_long(start
         writer.write(retry=True)
 
     assert told == ["written"] * 2
-    assert writer.count_failed() == 1
+    assert len(writer.failed) == 1
+
+
+def test_a_job_that_is_to_run_again_cannot_time_out_while_that_is_not_written(start_hasty, fail):
+    service = start_hasty(JOB_TIMEOUT="300ms", ANALYSIS_SCHEDULE="10ms")
+    has_failed = fail(Journal, "run_again", times=30, problem=JournalError("a fault"))
+
+    job = service.wait_for(service.send(act("fail_at_first", 1)))
+
+    assert has_failed.is_set()
+    assert (job["outcome"], job["starts"]) == ("succeeded", 2)
+
+
+def test_a_value_that_cannot_be_kept_is_said_so(start_hasty, fail, tmp_path):
+    service = start_hasty()
+    has_failed = fail(Journal, "keep", times=2)  # with others, and alone
+
+    job = service.wait_for(service.send(act("keep", [1, str(tmp_path / "mark"), "end"])))
+
+    assert has_failed.is_set()
+    assert job["error"] == {"type": "RuntimeError", "message": "MemoryError"}
+
+
+def test_an_analysis_that_cannot_begin_fails_and_keeps_no_place(start_hasty, fail):
+    service = start_hasty(MAX_RUNNING="1")
+    fail(WorkerExecutor, "run", problem=OSError)
+
+    jobs = service.wait_for_all([service.send(number) for number in range(1, 3)])
+
+    assert [job["outcome"] for job in jobs] == ["failed", "succeeded"]
 
 
 # What fails behind a commit

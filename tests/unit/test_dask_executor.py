@@ -22,7 +22,6 @@ def test_a_failure_is_whole_sentences_and_says_what_to_install(monkeypatch):
         scheduler_url="tcp://dask:8786",
         upload_path=None,
         log_level="info",
-        on_news=lambda: None,
     )
 
     one.start()
