@@ -157,12 +157,11 @@ class Executor:
     Attributes:
         on_news: Is called by other threads when there is something for `listen`. What can be read
             from the selector is not told so.
-        held: How many results whoever listens holds in memory, and cannot store.
+        held: The jobs whose large results are held in memory. Whoever stores one takes it out.
     """
 
-    held = 0
-
     def __init__(self) -> None:
+        self.held: set[str] = set()
         self.on_news: Callable[[], None] = lambda: None
         self._news = queue.SimpleQueue[Callable[[], None]]()  # what `listen` is to call
         self.selector = selectors.DefaultSelector()
@@ -274,7 +273,7 @@ class WorkerExecutor(Executor):
             run for run in self._large if run.heard_at < time.monotonic() - SILENCE_SECONDS
         ]:
             run.worker.kill()  # the rest follows at its end
-        while self._waiting and len(self._large) + self.held < MAX_LARGE:
+        while self._waiting and len(self._large) + len(self.held) < MAX_LARGE:
             self._resume(self._waiting.popleft())
         self._keep_up()
 
@@ -362,6 +361,8 @@ class WorkerExecutor(Executor):
             if kind == worker.PROGRESS:
                 self._report(run, *json.loads(payload))
             else:
+                if length > LARGE_BYTES:
+                    self.held.add(run.job.id)
                 self._finish(run, ending_of(kind, payload))
 
     def _report(self, run: _Run, fraction: float, note: str, kept: str | None) -> None:
@@ -380,7 +381,7 @@ class WorkerExecutor(Executor):
         """Return whether a large result may be read now. If not, it waits until another was."""
         if run not in self._large:
             run.listener.returned()
-            if run.connection and len(self._large) + self.held >= MAX_LARGE:
+            if run.connection and len(self._large) + len(self.held) >= MAX_LARGE:
                 self.selector.unregister(run.connection)
                 self._waiting.append(run)
                 return False
@@ -491,6 +492,7 @@ class WorkerExecutor(Executor):
         several = len(one.runs) > 1
         for run in [run for run in one.runs if not run.is_stopped]:
             self._finish(run, self._explain(run, several=several))
+        one.runs.clear()  # else each refers to the other until the garbage collector runs
 
     def _refuse(self, problem: str) -> None:
         self._refusal = problem
@@ -523,7 +525,17 @@ class WorkerExecutor(Executor):
 
     def _serve(self, one: _Worker) -> str | None:
         """Start a process, and wait for its end; say why it could not load the analysis."""
-        process, control = self._start_process()
+        control, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-X", "faulthandler", worker.__file__]
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603 - our own
+                [*command, str(theirs.fileno()), *self._arguments],
+                stdin=subprocess.PIPE,  # its end tells the worker that the service has ended
+                stdout=2,
+                stderr=2,  # also when it is the null device, which is not inherited by itself
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C is not for it
+            )
         with process, control.makefile("rb") as lines:
             one.pid = process.pid
             self._tell(self._keep_up)  # it may be useless meanwhile
@@ -544,20 +556,6 @@ class WorkerExecutor(Executor):
             or f"loading it ended its process: {_how(one.code)}"
         )
         return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
-
-    def _start_process(self) -> tuple["subprocess.Popen[bytes]", socket.socket]:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-X", "faulthandler", worker.__file__]
-        with theirs:
-            process = subprocess.Popen(  # noqa: S603 - our own
-                [*command, str(theirs.fileno()), *self._arguments],
-                stdin=subprocess.PIPE,  # its end tells the worker that the service has ended
-                stdout=2,
-                stderr=2,  # also when it is the null device, which is not inherited by itself
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is not for it
-            )
-        return process, ours
 
 
 def _is_polite(code: int | None) -> bool:

@@ -261,7 +261,6 @@ class Runner:
         """
         now = time.monotonic()
         try:
-            self._executor.held = len(self._writer.failed)
             self._executor.listen()
             if now >= self._work_at:
                 self._work_once(now)
@@ -504,6 +503,7 @@ class Runner:
             return None if is_late else event
 
         def then(event: Any) -> None:
+            self._executor.held.discard(run.job.id)
             if isinstance(event, Refusal):  # it was canceled, or timed out, at this moment
                 self._leave(run)
             elif isinstance(event, Exception):

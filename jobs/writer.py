@@ -68,7 +68,7 @@ class Writer:
             JournalLost: The journal can no longer be trusted.
         """
         if retry:
-            self._writes.extend(self.failed)
+            self._writes.extendleft(reversed(self.failed))
             self.failed, self.failure = [], None
         writes = [self._writes.popleft() for _ in range(len(self._writes))]
         if not writes:

@@ -350,25 +350,26 @@ def test_each_worker_runs_one_job_and_a_third_waits(start, tmp_path):
 
 def test_large_results_wait_while_others_are_held_and_cannot_time_out_then(start):
     one = start()
-    one.held = executor.MAX_LARGE
-    calls = [Call(one, "large", 2_000_000) for _ in range(4)]
+    one.held |= {"another", "a third"}
+    calls = [Call(one, "large", 2_000_000) for _ in range(2)]
     assert all(call.has_returned.wait(10) for call in calls)
 
     assert Call(one, "large", 1000).result() == "x" * 1000
     assert not any(call.has_ended() for call in calls)
-    one.held = 0
-    assert [len(call.result()) for call in calls] == [2_000_000] * 4
+    one.held.clear()
+    assert [len(call.result()) for call in calls] == [2_000_000] * 2
+    assert one.held == {call.job.id for call in calls}
 
 
 def test_a_large_result_that_does_not_come_ends_its_worker(start, monkeypatch):
     monkeypatch.setattr(executor, "SILENCE_SECONDS", 0.2)
     one = start()
-    one.held = executor.MAX_LARGE
+    one.held |= {"another", "a third"}
     call = Call(one, "large", 2_000_000)
     assert call.has_returned.wait(10)
 
     os.kill(one._workers[0].pid, signal.SIGSTOP)
-    one.held = 0
+    one.held.clear()
 
     assert call.error() == "The analysis ended its process: signal 9 (Killed)."
 

@@ -216,6 +216,7 @@ def test_a_large_event_that_is_refused_holds_up_no_other_job(start_hasty, monkey
     service.service.runner._tick_at = 0.0
     service.service.server.wake()
     assert service.wait_for(large)["state"] == "delivered"
+    assert not service.service._executor.held
     assert service.get("/readyz").status_code == 200
 
 
