@@ -408,12 +408,12 @@ def _open_standard_streams() -> None:
 
 
 def _executor(settings: Config) -> WorkerExecutor | DaskExecutor:
-    common: dict[str, Any] = {"analysis": settings.analysis, "log_level": settings.log_level}
+    analysis = settings.analysis
     if settings.executor == "dask":
         url = settings.dask_scheduler or ""
-        return DaskExecutor(**common, scheduler_url=url, upload_path=settings.dask_upload)
+        return DaskExecutor(analysis=analysis, scheduler_url=url, upload_path=settings.dask_upload)
     workers = _places(settings) if settings.executor == "process" else None
-    return WorkerExecutor(**common, workers=workers)
+    return WorkerExecutor(analysis=analysis, workers=workers, log_level=settings.log_level)
 
 
 def _places(settings: Config) -> int:

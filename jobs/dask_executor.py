@@ -53,17 +53,9 @@ class DaskExecutor(Executor):
         scheduler_url: Such as `tcp://host:8786`. For `tls://`, the certificates are in Dask's own
             configuration.
         upload_path: A .py, .zip or .egg file that every Dask worker is given.
-        log_level: Is not used: Dask workers have a log of their own.
     """
 
-    def __init__(
-        self,
-        *,
-        analysis: str,
-        scheduler_url: str,
-        upload_path: Path | None,
-        log_level: str,  # noqa: ARG002 - as the other executor
-    ) -> None:
+    def __init__(self, *, analysis: str, scheduler_url: str, upload_path: Path | None) -> None:
         super().__init__()
         self._analysis = analysis
         self._url = scheduler_url

@@ -30,15 +30,16 @@ from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: A result of more bytes counts as large. So many are read, or held, at once. One of which nothing
-#: came for so many seconds is given up, together with its worker.
-LARGE_BYTES, MAX_LARGE, SILENCE_SECONDS = 1024**2, 2, 60.0
+#: A result of more bytes is large. So many large ones are read, or wait to be stored, at once.
+LARGE_BYTES, MAX_LARGE = 1024**2, 2
+
+#: When nothing of a large result that is read comes for so long, its worker is killed.
+SILENCE_SECONDS = 60.0
 
 #: Bytes of a result that are read at once.
 READ_BYTES, READ_LARGE_BYTES = 64 * 1024, 1024**2
 
-#: Connections that are read in one turn of the loop, and jobs that a worker is given before the
-#: first of them has begun.
+#: Connections that are read in one turn of the loop, and jobs in one worker that have not begun.
 MAX_TURN = 64
 
 #: Seconds between log lines while the first worker loads.
@@ -53,7 +54,8 @@ PAUSE_SECONDS = 1.0
 #: Signals that ask a process to end. The analysis that ran in it is not to blame.
 POLITE = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
-#: Seconds until the news that the service is to stop, after a worker was asked to end, at most.
+#: The end of a worker by SIGTERM and the like is told so many seconds later, in case the service is
+#: told to stop as well.
 STOP_SECONDS = 0.5
 
 #: Seconds that `close` waits for the workers to end.
@@ -136,7 +138,7 @@ class _Run:
         unsent: What the worker has still to be sent.
         received: What came from it and is not a whole frame yet.
         heard_at: When something came from it, by the monotonic clock.
-        has_begun: The worker has said so, and from then on the job may be what ends it.
+        has_begun: The worker has said so, and from then on the job may be to blame for its end.
         is_stopped: Its outcome was decided elsewhere.
     """
 
@@ -155,8 +157,8 @@ class Executor:
     """What the executors have in common.
 
     Attributes:
-        on_news: Is called by other threads when there is something for `listen`. What can be read
-            from the selector is not told so.
+        on_news: Is called by other threads when there is something for `listen`.
+        selector: Can be read when a worker has sent something.
         held: The jobs whose large results are held in memory. Whoever stores one takes it out.
     """
 
@@ -199,7 +201,7 @@ class WorkerExecutor(Executor):
         self._waiting: deque[_Run] = deque()  # theirs are not, because those are
         self._workers: list[_Worker] = []
         self._refusal: str | None = None  # why the analysis could not be loaded last
-        self._retry_seconds, self._retry_at = RETRY_SECONDS / 2, 0.0
+        self._retry_seconds, self._retry_at = RETRY_SECONDS / 2, 0.0  # it is doubled first
         self._is_started = False
         self._draining = threading.Event()
 
@@ -269,10 +271,10 @@ class WorkerExecutor(Executor):
                 self._send(key.data)
             if events & selectors.EVENT_READ:
                 self._hear(key.data)
-        for run in [
-            run for run in self._large if run.heard_at < time.monotonic() - SILENCE_SECONDS
-        ]:
-            run.worker.kill()  # the rest follows at its end
+        silent_since = time.monotonic() - SILENCE_SECONDS
+        for run in self._large:
+            if run.heard_at < silent_since:
+                run.worker.kill()  # the rest follows at its end
         while self._waiting and len(self._large) + len(self.held) < MAX_LARGE:
             self._resume(self._waiting.popleft())
         self._keep_up()
@@ -323,7 +325,7 @@ class WorkerExecutor(Executor):
 
     def _hear(self, run: _Run) -> bool:
         """Read what a worker has sent once, and return whether there may be more."""
-        if not run.connection or run in self._waiting:
+        if not run.connection or run in self._waiting:  # `_bury` asks for those, too
             return False
         try:
             data = run.connection.recv(READ_LARGE_BYTES if run in self._large else READ_BYTES)
@@ -373,7 +375,7 @@ class WorkerExecutor(Executor):
 
     def _answer(self, run: _Run, problem: str) -> None:
         """Tell an analysis that a value is kept, or why it is not. It waits for that."""
-        with suppress(OSError):
+        with suppress(OSError):  # there is room, since it waits for nothing else
             if run.connection:
                 worker.send(run.connection, worker.KEPT, problem.encode())
 
@@ -389,7 +391,7 @@ class WorkerExecutor(Executor):
         return True
 
     def _put_back(self) -> None:
-        """Let nobody wait for a worker of its own."""
+        """Give up, in a drain, the jobs that wait for a worker of their own."""
         for run in [run for run in self._runs.values() if not run.connection]:
             self._finish(run, model.Again())
 
@@ -415,7 +417,7 @@ class WorkerExecutor(Executor):
                 self.selector.unregister(run.connection)
             run.connection.close()
             run.connection = None
-        run.received, run.unsent = bytearray(), NOTHING  # its worker may keep it for long
+        run.received, run.unsent = bytearray(), NOTHING  # a stopped run stays for long
 
     def _leave(self, run: _Run) -> None:
         self._hang_up(run)
@@ -467,7 +469,7 @@ class WorkerExecutor(Executor):
         return one
 
     def _welcome(self, one: _Worker, control: socket.socket) -> None:
-        """Let a worker have jobs, in place of a stale one."""
+        """Let a worker have jobs."""
         one.control, self._refusal, self._retry_seconds = control, None, RETRY_SECONDS / 2
         for run in [run for run in one.runs if not run.is_stopped]:
             self._begin(run, control)

@@ -1,7 +1,7 @@
 """The durable record of jobs, events, attempts and received postbacks: all SQL but the schema.
 
-A move is one conditional UPDATE. When no row changed, another thread was first, or the state does
-not allow it. How the file is opened and what a commit means is in `jobs/storage.py`.
+A move is one conditional UPDATE. When no row changed, the job has moved on already. How the file is
+opened and what a commit means is in `jobs/storage.py`.
 """
 
 import hashlib

@@ -8,8 +8,9 @@
           (the analysis runs again)
 
 A running job goes back to `accepted` when its analysis is to run again: after a stop of the
-service, after the end of a worker that it shared with others, and by ANALYSIS_SCHEDULE. How the
-analysis ended is the outcome. The outcome is not part of the state: a failed job can be delivered.
+service, after the end of a worker that it shared with others, when it could not begin, when a Dask
+cluster was lost, and by ANALYSIS_SCHEDULE. How the analysis ended is the outcome. The outcome is
+not part of the state: a failed job can be delivered.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from typing import Any
 class State(StrEnum):
     """Where a job stands. The values are stored in the journal, so never rename one."""
 
-    ACCEPTED = "accepted"  # committed and answered 200; its analysis has not begun
+    ACCEPTED = "accepted"  # committed and answered 200; its analysis waits to be started
     RUNNING = "running"  # its analysis was given to a worker
     DELIVERING = "delivering"  # the event is stored; attempts are under way
     DELIVERED = "delivered"  # the receiver answered 2xx
@@ -145,7 +146,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Again:
-    """The analysis did not end and must run again; nobody is to blame, or nobody knows who is.
+    """The analysis is to run again: it was cut off, could not begin, or failed and is repeated.
 
     Attributes:
         is_alone: Whether it must have a worker of its own, because it shared one that died.
@@ -237,8 +238,8 @@ def crashed(message: str) -> Ending:
 
 
 def not_handled(exc: Exception) -> Ending:
-    """Return the ending for an analysis whose result the service could not handle."""
-    return without_result(Outcome.FAILED, type(exc).__name__, "The result could not be handled.")
+    """Return the ending for a job that the service could not handle."""
+    return without_result(Outcome.FAILED, type(exc).__name__, "The job could not be handled.")
 
 
 def without_result(outcome: Outcome, kind: str, message: str) -> Ending:

@@ -48,7 +48,7 @@ TICK_SECONDS = 1.0
 #: wait long.
 MAX_STARTS, MAX_ATTEMPT_STARTS = 64, 16
 
-#: After a look for due attempts, none is made for so many times as long as it took.
+#: After a look for due attempts, the next one waits so many times as long as this one took.
 REST = 4
 
 #: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
@@ -67,15 +67,13 @@ class Run:
 
     Attributes:
         is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
-        outcome: None until its analysis has ended, here or from outside.
-        started_at: When its analysis began; None until the worker has said so.
+        started_at: When its payload went to a worker that was ready; None before.
         times_out_at: By the monotonic clock; infinite before its analysis has begun, and after it.
         progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
     """
 
     job: model.Job
     is_posting: bool = False
-    outcome: Outcome | None = None
     started_at: datetime | None = None
     times_out_at: float = math.inf
     progress: Mapping[str, Any] | None = None
@@ -197,7 +195,7 @@ class Runner:
         now, resent = self._clock(), 0
         while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
             resent += count
-            self._writer.hand_over(lambda: self._look_for_attempts(0.0), lambda _: None)
+            self._writer.hand_over(lambda: None, lambda _: self._look_for_attempts(0.0))
             if self._drained.wait(BATCH_PAUSE_SECONDS):
                 break
         self._journal.probe(durable=True)
@@ -230,7 +228,7 @@ class Runner:
         """
         self._executor.drain()  # at once: whoever stops the service may have ended the workers, too
         with contextlib.suppress(JournalError):  # it was logged; what runs may still end
-            self._journal.plan_stop()  # before all else, because a kill may follow
+            self._journal.plan_stop()  # before what takes time, because a kill may follow
         self._is_draining = True
         self._wake()
         self._drained.wait(seconds)
@@ -331,7 +329,7 @@ class Runner:
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        places = self._max_running - len(jobs) - len(self._writer.failed)  # they are in memory
+        places = self._max_running - len(jobs) - len(self._writer.failed)  # these hold memory
         limit = min(places, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
@@ -367,8 +365,7 @@ class Runner:
             elif room := self._room(receiver):
                 limit = min(room, MAX_ATTEMPT_STARTS)
                 for job, event in self._journal.claim_due(receiver, now=now, limit=limit):
-                    run = Run(job=job, is_posting=True, outcome=job.outcome)
-                    self._runs[job.id] = run
+                    run = self._runs[job.id] = Run(job=job, is_posting=True)
                     self._start_thread(run, event)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
@@ -448,16 +445,17 @@ class Runner:
         """Have stored how the analysis ended, or that it is to run again."""
         run.times_out_at = math.inf
         try:
-            again = given if isinstance(given, model.Again) else self._again(run.job, given)
-            if isinstance(given, model.Ending) and not again:
-                self._store(run, given)
-            elif again:
+            if isinstance(given, model.Again):
+                self._run_again(run, given)
+            elif again := self._again(run.job, given):
                 self._run_again(run, again)
+            else:
+                self._store(run, given)
         except MemoryError as exc:
             self._give_up(run, exc)
 
     def _again(self, job: model.Job, given: model.Ending) -> model.Again | None:
-        """Return whether and when a failed analysis runs again."""
+        """Log that an analysis failed, and return whether and when it runs again."""
         if given.outcome is not Outcome.FAILED:
             return None
         error, schedule = given.error or {}, self._config.analysis_schedule_seconds
@@ -509,7 +507,7 @@ class Runner:
             elif isinstance(event, Exception):
                 self._give_up(run, event)
             else:
-                run.outcome = ending.outcome
+                run.job = replace(run.job, outcome=ending.outcome)
                 if event:
                     self._start_thread(run, event)
                 else:
@@ -579,7 +577,7 @@ class Runner:
         if attempt.seconds_until_next is not None:
             return
         seconds = round((self._clock() - job.created_at).total_seconds(), 3)
-        facts = {"outcome": run.outcome, "starts": job.starts, "attempts": attempt.number}
+        facts = {"outcome": job.outcome, "starts": job.starts, "attempts": attempt.number}
         level = logging.INFO if attempt.delivered else logging.WARNING
         log.log(level, "job %s", state, extra={**job.facts, **facts, "seconds": seconds})
 

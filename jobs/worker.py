@@ -5,8 +5,8 @@ for each job. Each job gets a thread. A connection carries frames: a kind of one
 four bytes, and as many bytes.
 
     the service                              the worker
-                                       <──   START: the thread runs, and blame begins
     two lengths, its facts, its body   ──>
+                                       <──   START: the thread runs, and blame begins
                                        <──   PROGRESS, also with a value to keep
     KEPT: nothing, or why it was not   ──>
                                        <──   RESULT or ERROR
@@ -420,10 +420,9 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
     with suppress(OSError), connection:  # the service has hung up
         connection.sendall(START)
         header_size, body_size = LENGTHS.unpack(_read(connection, LENGTHS.size))
-        data = _read(connection, header_size + body_size)
-        job = Job(partial(_report, connection), **json.loads(data[:header_size]))
+        job = Job(partial(_report, connection), **json.loads(_read(connection, header_size)))
         job_id.set(job.id)
-        kind, payload = run(analyze, data[header_size:], job)
+        kind, payload = run(analyze, _read(connection, body_size), job)
         with job.lock:  # a report that is under way is waited for
             send(connection, kind, payload)
 

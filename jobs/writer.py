@@ -1,4 +1,4 @@
-"""Writes to the journal for many threads, in shared commits."""
+"""Writes to the journal for the loop and for the threads of attempts, in shared commits."""
 
 import contextlib
 import logging
@@ -79,7 +79,7 @@ class Writer:
                 answers = [_answer(one) for one in writes]
         except Exception as exc:  # noqa: BLE001 - it is logged
             _log(exc)
-            if not isinstance(exc, JournalError):  # else the time counts that the journal took
+            if not isinstance(exc, JournalError):  # a write is to blame, and took the time
                 deadline = time.monotonic() + MAX_SECONDS
             answers = [self._write_alone(one, deadline) for one in writes]
         for one, answer in zip(writes, answers, strict=True):

@@ -184,7 +184,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             ident=None,
         )
         self.port: int = self.socket.getsockname()[1]
-        self.short: deque[_Task] = deque()  # threads append to it too: pipelined requests
+        self.short: deque[_Task] = deque()  # threads append what they checked
         self.silent = _Silent(self.active_channels, self._map) if hasattr(select, "epoll") else None
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
         self._is_awake = False
@@ -513,7 +513,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
 
 class _Watched(wasyncore.file_dispatcher):  # type: ignore[misc]
-    """A descriptor that others read. It only ends the wait of waitress's loop."""
+    """A descriptor that ends the wait of waitress's loop when it can be read."""
 
     def writable(self) -> bool:
         """Return that there is nothing to send."""

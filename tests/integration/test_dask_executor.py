@@ -42,7 +42,6 @@ def start():
             analysis=analysis,
             scheduler_url=on.address,
             upload_path=upload,
-            log_level="info",
         )
         one.start()
         started.append(Loop(one))
@@ -171,4 +170,4 @@ def test_without_distributed_the_start_is_refused_with_what_to_install(monkeypat
     monkeypatch.setitem(sys.modules, "distributed", None)
 
     with pytest.raises(errors.ConfigError, match=r"install requirements-dask\.txt"):
-        DaskExecutor(analysis="", scheduler_url="", upload_path=None, log_level="").start()
+        DaskExecutor(analysis="", scheduler_url="", upload_path=None).start()

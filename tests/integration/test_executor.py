@@ -381,7 +381,7 @@ def test_a_report_that_cannot_be_handled_fails_its_job_and_retires_its_worker(on
     pid = one._workers[0].pid
     call = Call(one, "report", [0.5, "half", str(tmp_path / "never")], progressed=fail)
 
-    assert call.error() == "The result could not be handled."
+    assert call.error() == "The job could not be handled."
     poll(lambda: not is_alive(pid), "the end of its worker")
     assert Call(one, "echo", 1).result() == 1
 

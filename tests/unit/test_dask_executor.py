@@ -21,7 +21,6 @@ def test_a_failure_is_whole_sentences_and_says_what_to_install(monkeypatch):
         analysis="prices:total",
         scheduler_url="tcp://dask:8786",
         upload_path=None,
-        log_level="info",
     )
 
     one.start()
