@@ -98,10 +98,13 @@ class DaskExecutor(Executor):
         facts = {"id": job.id, "start": max(job.starts, 1), "metadata": job.metadata, "kept": kept}
         arguments = (self._analysis, self._topic, facts, body)
         key = f"postback-{job.id}-{secrets.token_hex(4)}"
-        try:
-            future = self._client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
-        except Exception:  # noqa: BLE001 - of many kinds: the cluster was lost at this very moment
+        if (client := self._client) is None:  # it was lost at this very moment
             listener.ended(AGAIN)
+            return
+        try:
+            future = client.submit(worker.analyze_on_dask, *arguments, key=key, pure=False)
+        except Exception as exc:  # noqa: BLE001 - of many kinds
+            listener.ended(self._explain(exc, client))
             return
         run = self._runs[job.id] = _Run(job.id, listener, future)
         future.add_done_callback(lambda _: self._start_to_gather(run))
@@ -157,11 +160,16 @@ class DaskExecutor(Executor):
         except self._distributed.KilledWorker as exc:
             ending = model.crashed(f"The analysis ended its Dask workers: {exc}")
         except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
-            ending = model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
-            lost = (self._distributed.CancelledError, OSError)
-            if isinstance(exc, lost) or run.future.client.status != "running":
-                ending = AGAIN
+            ending = self._explain(exc, run.future.client)
         self._tell(self._finish, run, ending)
+
+    def _explain(self, exc: Exception, client: Any) -> model.Ending | model.Again:
+        """Return what follows from an error of Dask, whose kinds are many."""
+        if client.status != "running" or isinstance(
+            exc, self._distributed.CancelledError | OSError
+        ):
+            return AGAIN
+        return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
 
     # The thread that keeps the connection
 

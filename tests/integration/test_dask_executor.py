@@ -96,6 +96,18 @@ def test_an_analysis_that_the_workers_do_not_have_fails_its_jobs(cluster, start,
     assert ending.error["type"] == "LoadError"
 
 
+def test_a_job_that_cannot_be_submitted_fails(cluster, start, monkeypatch):
+    def submit(*_, **__):
+        raise ValueError("cannot be sent")
+
+    one = start(cluster)
+    monkeypatch.setattr(one._client, "submit", submit)
+
+    ending = Call(one, "describe", 0).wait()
+
+    assert ending.error == {"type": "ValueError", "message": "cannot be sent"}
+
+
 @pytest.mark.slow
 def test_a_job_whose_worker_is_killed_is_run_by_another(own_cluster, start, tmp_path):
     one = start(own_cluster.start(workers=1))
