@@ -165,9 +165,8 @@ class DaskExecutor(Executor):
 
     def _explain(self, exc: Exception, client: Any) -> model.Ending | model.Again:
         """Return what follows from an error of Dask, whose kinds are many."""
-        if client.status != "running" or isinstance(
-            exc, self._distributed.CancelledError | OSError
-        ):
+        lost = (self._distributed.CancelledError, OSError)
+        if isinstance(exc, lost) or client.status != "running":
             return AGAIN
         return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
 

@@ -474,7 +474,7 @@ class Runner:
 
         def then(answer: Any) -> None:
             self._leave(run)
-            if isinstance(answer, Exception):  # it was canceled, or timed out, at this moment
+            if isinstance(answer, Exception):  # it was canceled while this waited
                 return
             self._waiting += not seconds
             self._starts_at = min(self._starts_at, time.monotonic() + seconds)
@@ -502,7 +502,7 @@ class Runner:
 
         def then(event: Any) -> None:
             self._executor.held.discard(run.job.id)
-            if isinstance(event, Refusal):  # it was canceled, or timed out, at this moment
+            if isinstance(event, Refusal):  # it was canceled while this waited
                 self._leave(run)
             elif isinstance(event, Exception):
                 self._give_up(run, event)
@@ -517,7 +517,7 @@ class Runner:
         self._writer.hand_over(write, then, may_fail=may_fail)
 
     def _give_up(self, run: Run, exc: Exception) -> None:
-        """End an analysis as failed, because its ending could not be stored."""
+        """End a job as failed, because the service could not handle it."""
         self._executor.stop(run.job.id)
         self._store(run, model.not_handled(exc), may_fail=False)
 
