@@ -33,10 +33,9 @@ from jobs.dask_executor import DaskExecutor
 from jobs.errors import ConfigError, JournalError, Refusal
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
-from jobs.model import State, text_of
+from jobs.model import State
 from jobs.runner import Runner
 from web import intake, logs, metrics, outbound
-from web.metrics import Metrics
 from web.receiver import Receiver
 from web.server import Application, Server, is_local, json_answer
 
@@ -82,8 +81,6 @@ class Api:
     def application(self) -> Application:
         """Return the application with every route."""
         app = self._application
-        app.uninstall(bottle.JSONPlugin)
-        app.install(bottle.JSONPlugin(functools.partial(json.dumps, default=text_of)))
         app.serve("POST", "/process", self.process)
         app.serve("GET", "/jobs", self.jobs)
         app.serve("POST", "/jobs/resend", self.resend_undelivered)
@@ -150,11 +147,7 @@ class Api:
         state, before = query.get("state"), query.get("before")
         if state is not None and state not in list(State):
             raise _invalid(f"state must be one of {', '.join(State)}.")
-        if before is not None:
-            self._journal.job(before)
-        page = self._journal.page(
-            state=State(state) if state else None, limit=_limit(), before=before
-        )
+        page = self._journal.page(state=state, limit=_limit(), before=before)
         return {"jobs": [self._summary(job) for job in page]}
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -255,8 +248,7 @@ class Api:
 
     def openapi(self) -> dict[str, Any]:
         """Answer GET /openapi.json: the description of these routes."""
-        description: dict[str, Any] = json.loads(OPENAPI_PATH.read_bytes())
-        return {**description, "servers": [{"url": self._base_url}]}
+        return {**json.loads(OPENAPI_PATH.read_bytes()), "servers": [{"url": self._base_url}]}
 
 
 class Service:
@@ -267,7 +259,7 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.max_body_bytes = max(config.max_body_bytes, config.postback_max_bytes + ENVELOPE_BYTES)
-        self.metrics = Metrics()
+        self.metrics = metrics.Metrics()
         on_lost = functools.partial(_exit, EXIT_LOST)
         self.journal = Journal(
             config.journal_path, on_lost=on_lost, on_commit=self.metrics.committed
@@ -293,7 +285,6 @@ class Service:
         own_origins = frozenset(outbound.parts(url).origin for url in (self.base_url, own_url))
         self.runner = Runner(
             config=config,
-            max_running=_places(config),
             journal=self.journal,
             executor=self._executor,
             sender=postback.Sender(config, url=self.postback_url, own_origins=own_origins),
@@ -412,15 +403,8 @@ def _executor(settings: Config) -> WorkerExecutor | DaskExecutor:
     if settings.executor == "dask":
         url = settings.dask_scheduler or ""
         return DaskExecutor(analysis=analysis, scheduler_url=url, upload_path=settings.dask_upload)
-    workers = _places(settings) if settings.executor == "process" else None
+    workers = settings.max_running if settings.executor == "process" else None
     return WorkerExecutor(analysis=analysis, workers=workers, log_level=settings.log_level)
-
-
-def _places(settings: Config) -> int:
-    """Return how many analyses may run at once."""
-    if settings.executor == "process":
-        return min(settings.workers or config.cpu_count(), settings.max_running)
-    return settings.max_running
 
 
 def _allowed_hosts(settings: Config) -> frozenset[str] | None:

@@ -230,6 +230,9 @@ def load() -> Config:
         problems.append("WORKERS: only EXECUTOR=process takes it. Set that, or leave out WORKERS.")
     if problems:
         raise errors.ConfigError(problems)
+    if values["executor"] == "process":  # one job for each worker
+        workers = values["workers"] or cpu_count()
+        values["max_running"] = min(workers, values["max_running"])
     return Config(**values)
 
 

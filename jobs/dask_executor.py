@@ -158,7 +158,8 @@ class DaskExecutor(Executor):
         try:
             ending = ending_of(*run.future.result())
         except self._distributed.KilledWorker as exc:
-            ending = model.crashed(f"The analysis ended its Dask workers: {exc}")
+            text = f"The analysis ended its Dask workers: {exc}"
+            ending = model.without_result(model.Outcome.CRASHED, text)
         except Exception as exc:  # noqa: BLE001 - of many kinds; what counts is what is left
             ending = self._explain(exc, run.future.client)
         self._tell(self._finish, run, ending)
@@ -168,7 +169,7 @@ class DaskExecutor(Executor):
         lost = (self._distributed.CancelledError, OSError)
         if isinstance(exc, lost) or client.status != "running":
             return AGAIN
-        return model.without_result(model.Outcome.FAILED, type(exc).__name__, str(exc))
+        return model.without_result(model.Outcome.FAILED, str(exc), type(exc).__name__)
 
     # The thread that keeps the connection
 

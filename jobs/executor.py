@@ -512,7 +512,8 @@ class WorkerExecutor(Executor):
             return NOT_BEGUN
         if not run.job.alone and (several or _is_polite(run.worker.code)):
             return model.Again(is_alone=True)
-        return model.crashed(f"The analysis ended its process: {_how(run.worker.code)}.")
+        text = f"The analysis ended its process: {_how(run.worker.code)}."
+        return model.without_result(model.Outcome.CRASHED, text)
 
     # A worker's thread
 
@@ -576,5 +577,5 @@ def ending_of(kind: bytes, payload: bytes) -> model.Ending:
     if kind == worker.RESULT:
         return model.Ending(outcome=model.Outcome.SUCCEEDED, result=payload)
     facts = json.loads(payload)
-    ending = model.without_result(model.Outcome.FAILED, facts["kind"], facts["message"])
+    ending = model.without_result(model.Outcome.FAILED, facts["message"], facts["kind"])
     return replace(ending, frames=tuple(facts["frames"]), may_run_again=facts["may_run_again"])

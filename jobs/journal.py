@@ -8,9 +8,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from jobs import model
@@ -21,56 +19,12 @@ from jobs.storage import Storage
 #: `GET /jobs/<id>` shows an event up to this size, and a page of received postbacks ends there.
 MAX_SHOWN_BYTES = 1024 * 1024
 
-_SCHEMA_PATH = Path(__file__).with_name("schema.sql")
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """A job whose analysis is to start.
-
-    Attributes:
-        body: What the caller sent.
-        kept: What its analysis kept last, as JSON text.
-    """
-
-    job: model.Job
-    body: bytes
-    kept: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A postback that the built-in receiver has.
-
-    Attributes:
-        signature: "good", or "none" where no secret is configured.
-        body: The event, as it came.
-    """
-
-    webhook_id: str
-    received_at: datetime
-    signature: str
-    body: bytes
+#: The largest `seq` that SQLite can store.
+MAX_SEQ = 2**63 - 1
 
 
 class Journal(Storage):
-    """The record. Every method may be called from any thread, and raises JournalError.
-
-    Args:
-        path: The database.
-        on_lost: Called once, when the file can no longer be trusted.
-        on_commit: Given the seconds of each durable transaction, after its commit.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        on_lost: Callable[[], None],
-        on_commit: Callable[[float], None] = lambda _: None,
-    ) -> None:
-        schema = _SCHEMA_PATH.read_text(encoding="utf-8")
-        super().__init__(path, schema=schema, on_lost=on_lost, on_commit=on_commit)
+    """The record. Every method may be called from any thread, and raises JournalError."""
 
     # Accept
 
@@ -104,8 +58,8 @@ class Journal(Storage):
 
     def claim(
         self, *, now: datetime, limit: int, max_shared: int, max_interrupted: int
-    ) -> list[Claimed]:
-        """Move the oldest accepted jobs that may start now to `running`, and return them.
+    ) -> list[tuple[model.Job, bytes, str | None]]:
+        """Move the oldest accepted jobs that may start now to `running`.
 
         It reads and then writes, because UPDATE with RETURNING takes three times as long. Nobody
         else can write between the two.
@@ -115,6 +69,9 @@ class Journal(Storage):
             limit: At most so many, those that must run alone first.
             max_shared: At most so many of those that shared a worker that died.
             max_interrupted: At most so many of those that were running at ends of the service.
+
+        Returns:
+            Each job, what its caller sent, and the JSON text that its analysis kept last.
         """
         startable = """
             WITH chosen AS (
@@ -140,7 +97,7 @@ class Journal(Storage):
             for row in rows:
                 self._write(move, seq=row["seq"], now=now)
             jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
-        return [Claimed(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
+            return [(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
 
     def keep(self, job_id: str, value: str) -> None:
         """Store what a running analysis wants to find when it is started again.
@@ -156,32 +113,29 @@ class Journal(Storage):
             self._move(job_id, note, wanted="given a value to keep")
             self._write(store, id=job_id, value=value)
 
-    def run_again(
-        self, job_id: str, again: model.Again, *, now: datetime, has_started: bool = True
-    ) -> None:
+    def run_again(self, job_id: str, again: model.Again, *, now: datetime) -> None:
         """Move a running job back to `accepted`.
 
         Args:
             job_id: The job.
-            again: Why, and after which pause from now on. With an error it counts as a failure.
+            again: Why, and after which pause from now on. With an error it counts as a failure, and
+                a start that was none does not count.
             now: When that is.
-            has_started: Whether this start counts.
 
         Raises:
             MoveError: The job is not running.
         """
         statement = """
             UPDATE jobs SET state = 'accepted', next_start_at = :next_start_at,
-                            starts = starts - :not_started, alone = max(alone, :is_alone),
-                            started_at = iif(:not_started AND starts = 1, NULL, started_at),
+                            starts = starts - 1 + :has_started, alone = max(alone, :is_alone),
+                            started_at = iif(:has_started OR starts > 1, started_at, NULL),
                             failures = failures + (:error IS NOT NULL),
                             last_error = coalesce(:error, last_error)
              WHERE id = :id AND state = 'running'"""
         pause = timedelta(seconds=again.pause_seconds)
-        values = {"next_start_at": now + pause if pause else None, "is_alone": again.is_alone}
+        values = {"next_start_at": now + pause if pause else None, **_values(again)}
         with self.transaction():
-            options = {"error": again.error, "not_started": not has_started}
-            self._move(job_id, statement, wanted="run again", **values, **options)
+            self._move(job_id, statement, wanted="run again", **values)
 
     def count_waiting(self) -> int:
         """Return how many accepted jobs could start now, seen from inside a transaction."""
@@ -422,14 +376,6 @@ class Journal(Storage):
 
     # Look
 
-    def job(self, job_id: str) -> model.Job:
-        """Return one job.
-
-        Raises:
-            Refusal: There is none (404).
-        """
-        return _job(_one(self._read("SELECT * FROM jobs WHERE id = :id", id=job_id), job_id))
-
     def detail(self, job_id: str) -> tuple[model.Job, bytes, bytes | None, list[dict[str, Any]]]:
         """Return a job, its payload, its event and its attempts, as they were at one moment.
 
@@ -471,25 +417,23 @@ class Journal(Storage):
         rows = self._read("SELECT result_key FROM results WHERE id = :id", id=job_id)
         return rows[0][0] if rows else None
 
-    def page(self, *, state: State | None, limit: int, before: str | None) -> list[model.Job]:
+    def page(self, *, state: str | None, limit: int, before: str | None) -> list[model.Job]:
         """Return jobs, newest first, without their payloads and results.
 
         Args:
             state: Only these.
             limit: At most so many.
             before: Only those accepted before the job with this id.
+
+        Raises:
+            Refusal: There is no such job (404).
         """
-        of_all = """
-            SELECT * FROM jobs
-             WHERE seq < coalesce((SELECT seq FROM jobs WHERE id = :before), 9223372036854775807)
-             ORDER BY seq DESC LIMIT :limit"""
-        of_state = """
-            SELECT * FROM jobs INDEXED BY jobs_by_state
-             WHERE seq < coalesce((SELECT seq FROM jobs WHERE id = :before), 9223372036854775807)
-               AND state = :state
-             ORDER BY seq DESC LIMIT :limit"""
-        statement = of_state if state else of_all
-        return [_job(row) for row in self._read(statement, state=state, limit=limit, before=before)]
+        source = "jobs INDEXED BY jobs_by_state WHERE state = :state AND" if state else "jobs WHERE"
+        statement = f"SELECT * FROM {source} seq < :end ORDER BY seq DESC LIMIT :limit"  # noqa: S608
+        end = MAX_SEQ
+        if before is not None:
+            end = _one(self._read("SELECT seq FROM jobs WHERE id = :id", id=before), before)["seq"]
+        return [_job(row) for row in self._read(statement, state=state, limit=limit, end=end)]
 
     def census(self) -> list[tuple[State, int, datetime | None]]:
         """Return, for each state but `delivered`, how many jobs there are and since when."""
@@ -498,20 +442,17 @@ class Journal(Storage):
 
     # The built-in receiver
 
-    def receive(
-        self, *, webhook_id: str, received_at: datetime, signature: str, body: bytes
-    ) -> bool:
-        """Store a received postback, and return whether its webhook-id is new."""
-        postback = Received(webhook_id, received_at, signature, body)
+    def receive(self, **columns: Any) -> bool:
+        """Store a received postback, a row of `received`; return whether its webhook-id is new."""
         statement = """
             INSERT INTO received (webhook_id, received_at, signature, body)
             VALUES (:webhook_id, :received_at, :signature, :body)
                 ON CONFLICT (webhook_id) DO NOTHING"""
         with self.transaction(durable=True):
-            return self._write(statement, **_values(postback)) == 1
+            return self._write(statement, **columns) == 1
 
-    def received(self, *, limit: int) -> list[Received]:
-        """Return what was received, newest first; fewer when they are large."""
+    def received(self, *, limit: int) -> list[dict[str, Any]]:
+        """Return rows of `received`, newest first; fewer when they are large."""
         statement = """
             SELECT webhook_id, received_at, signature, body
               FROM (SELECT seq, sum(bytes) OVER (ORDER BY seq DESC) - bytes AS bytes_before
@@ -520,7 +461,7 @@ class Journal(Storage):
               JOIN received USING (seq)
              WHERE bytes_before <= :max_bytes ORDER BY seq DESC"""
         rows = self._read(statement, limit=limit, max_bytes=MAX_SHOWN_BYTES)
-        return [Received(row[0], datetime.fromisoformat(row[1]), *row[2:]) for row in rows]
+        return [dict(row) for row in rows]
 
 
 #: How the columns of `jobs` are read that are neither texts, numbers nor instants.

@@ -51,15 +51,6 @@ class Alone(IntEnum):
     INTERRUPTED = 2  # it was running at several unclean ends of the service
 
 
-#: From each state, the states a job may move to.
-MOVES: Mapping[State, frozenset[State]] = {
-    State.ACCEPTED: frozenset({State.RUNNING, State.DELIVERING}),
-    State.RUNNING: frozenset({State.DELIVERING, State.ACCEPTED}),
-    State.DELIVERING: frozenset({State.DELIVERED, State.UNDELIVERED}),
-    State.DELIVERED: frozenset({State.DELIVERING}),
-    State.UNDELIVERED: frozenset({State.DELIVERING}),
-}
-
 #: After so many unclean ends of the service under a job, the job runs alone in a worker.
 ALONE_FROM = 3
 
@@ -221,32 +212,19 @@ def text_of(instant: datetime) -> str:
     return instant.isoformat(timespec="milliseconds")[:23] + "Z"
 
 
-def timed_out(job_timeout_seconds: float) -> Ending:
-    """Return the ending for an analysis that took longer than JOB_TIMEOUT."""
-    message = f"The analysis took longer than JOB_TIMEOUT, {job_timeout_seconds:g} s."
-    return without_result(Outcome.TIMED_OUT, "timed_out", message)
-
-
-def canceled() -> Ending:
-    """Return the ending for a job that a caller canceled."""
-    return without_result(Outcome.CANCELED, "canceled", "The job was canceled.")
-
-
-def crashed(message: str) -> Ending:
-    """Return the ending for a job that ended the process it ran in."""
-    return without_result(Outcome.CRASHED, "crashed", message)
-
-
 def not_handled(exc: Exception) -> Ending:
     """Return the ending for a job that the service could not handle."""
-    return without_result(Outcome.FAILED, type(exc).__name__, "The job could not be handled.")
+    return without_result(Outcome.FAILED, "The job could not be handled.", type(exc).__name__)
 
 
-def without_result(outcome: Outcome, kind: str, message: str) -> Ending:
-    """Return an ending with an error of this type. A message may contain any text."""
+def without_result(outcome: Outcome, message: str, kind: str | None = None) -> Ending:
+    """Return an ending with an error of this type, by default named like the outcome.
+
+    The message may contain any text.
+    """
     # Half of a surrogate pair could not be posted as UTF-8.
     clean = message[:MAX_MESSAGE].encode(errors="replace").decode()
-    return Ending(outcome=outcome, error={"type": kind, "message": clean})
+    return Ending(outcome=outcome, error={"type": kind or outcome, "message": clean})
 
 
 def event_of(job: Job, ending: Ending, *, max_bytes: int, job_url: str) -> Event:

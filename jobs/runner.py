@@ -24,7 +24,7 @@ from jobs import model
 from jobs.dask_executor import DaskExecutor
 from jobs.errors import JournalError, JournalLost, Refusal
 from jobs.executor import Listener, WorkerExecutor
-from jobs.journal import Claimed, Journal
+from jobs.journal import Journal
 from jobs.model import Outcome, State
 from jobs.writer import Writer
 from postback import Sender
@@ -90,7 +90,6 @@ class Runner:
         self,
         *,
         config: Config,
-        max_running: int,
         journal: Journal,
         executor: WorkerExecutor | DaskExecutor,
         sender: Sender,
@@ -100,7 +99,6 @@ class Runner:
         clock: Callable[[], datetime] = model.utc_now,
     ) -> None:
         self._config = config
-        self._max_running = max_running
         self._journal = journal
         self._executor = executor
         self._sender = sender
@@ -129,7 +127,7 @@ class Runner:
         for job in crashed:
             text = f"The service ended {job.interrupted} times while the analysis ran."
             run = self._runs[job.id] = Run(job=job, started_at=job.started_at)
-            self._store(run, model.crashed(text))
+            self._store(run, model.without_result(Outcome.CRASHED, text))
         if crashed or self._waiting:
             log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
 
@@ -167,7 +165,8 @@ class Runner:
             Refusal: There is no such job (404).
         """
         job = self._journal.current(job_id)
-        ending = self._dated(job, model.canceled())
+        canceled = model.without_result(Outcome.CANCELED, "The job was canceled.")
+        ending = self._dated(job, canceled)
         self._end(job, ending, due_at=ending.finished_at)
 
         def follow_up() -> None:
@@ -241,7 +240,7 @@ class Runner:
         if self._is_draining:
             raise _unavailable("Stopping", "The service is stopping: send it again later.")
         if self._waiting >= limit:
-            free = max(0, self._max_running - self._count(is_posting=False))
+            free = max(0, self._config.max_running - self._count(is_posting=False))
             if self._waiting >= limit + free:
                 text = f"{limit} jobs are waiting, which is MAX_PENDING: send it again later."
                 raise _unavailable("Queue full", text)
@@ -312,9 +311,10 @@ class Runner:
 
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over."""
+        text = f"The analysis took longer than JOB_TIMEOUT, {self._config.job_timeout_seconds:g} s."
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
             self._executor.stop(run.job.id)
-            self._store(run, model.timed_out(self._config.job_timeout_seconds or 0))
+            self._store(run, model.without_result(Outcome.TIMED_OUT, text))
         self._times_out_at = min(
             (run.times_out_at for run in self._runs.values()), default=math.inf
         )
@@ -329,8 +329,8 @@ class Runner:
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        places = self._max_running - len(jobs) - len(self._writer.failed)  # these hold memory
-        limit = min(places, self._executor.free(), MAX_STARTS)
+        held = len(jobs) + len(self._writer.failed)  # these hold memory
+        limit = min(self._config.max_running - held, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
         shared = sum(job.alone == model.Alone.SHARED for job in jobs)
@@ -342,11 +342,11 @@ class Runner:
                 max_shared=MAX_ALONE - shared,
                 max_interrupted=0 if interrupted else 1,
             )
-            runs = {one.job.id: Run(job=one.job) for one in claimed}
-        self._runs |= runs
+            runs = [Run(job=job) for job, _, _ in claimed]
+        self._runs |= {run.job.id: run for run in runs}
         self._waiting = max(0, self._waiting - len(claimed))
-        for one in claimed:
-            self._analyze(runs[one.job.id], one)
+        for run, (_, body, kept) in zip(runs, claimed, strict=True):
+            self._analyze(run, body, kept)
         if len(claimed) == MAX_STARTS:
             self._starts_at = 0.0  # there may be more
 
@@ -410,7 +410,7 @@ class Runner:
 
     # The analysis of a job
 
-    def _analyze(self, run: Run, claimed: Claimed) -> None:
+    def _analyze(self, run: Run, body: bytes, kept: str | None) -> None:
         """Have the analysis run."""
         try:
             listener = Listener(
@@ -420,7 +420,7 @@ class Runner:
                 kept=functools.partial(self._keep, run),
                 ended=functools.partial(self._note_end, run),
             )
-            self._executor.run(run.job, claimed.body, kept=claimed.kept, listener=listener)
+            self._executor.run(run.job, body, kept=kept, listener=listener)
         except Exception as exc:
             log.exception("analysis not begun", extra=run.job.facts)
             self._give_up(run, exc)
@@ -483,9 +483,9 @@ class Runner:
             facts = {"seconds": seconds, "alone": again.is_alone or None}
             log.info("analysis to run again", extra=run.job.facts | facts)
 
-        now, has_started = self._clock(), again.has_started and run.started_at is not None
-        run_again = self._journal.run_again
-        write = functools.partial(run_again, run.job.id, again, now=now, has_started=has_started)
+        if run.started_at is None:
+            again = replace(again, has_started=False)
+        write = functools.partial(self._journal.run_again, run.job.id, again, now=self._clock())
         self._writer.hand_over(write, then)
 
     def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:

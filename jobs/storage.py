@@ -26,7 +26,8 @@ from jobs.errors import ConfigError, JournalError, JournalLost
 #: Marks the file as ours: "Post" in ASCII.
 APPLICATION_ID = 0x506F7374
 
-#: The version of the schema. Versions 1 and 2 were those of Postback 0.1.
+#: What creates the tables in a new file, and its version. 1 and 2 were those of Postback 0.1.
+SCHEMA_PATH = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 3
 
 #: Set on the writing connection and read back, because SQLite ignores what it cannot do.
@@ -78,7 +79,6 @@ class Storage:
 
     Args:
         path: The database.
-        schema: What creates the tables in a new file.
         on_lost: Called once, when the file can no longer be trusted.
         on_commit: Given the seconds of each durable transaction, after its commit.
     """
@@ -86,13 +86,13 @@ class Storage:
     def __init__(
         self,
         path: Path,
-        schema: str,
+        *,
         on_lost: Callable[[], None],
-        on_commit: Callable[[float], None],
+        on_commit: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._path = Path(os.path.realpath(path))  # SQLite's own files lie beside the real one
         self._lock_path = Path(f"{self._path}.lock")
-        self._schema, self._on_lost, self._on_commit = schema, on_lost, on_commit
+        self._on_lost, self._on_commit = on_lost, on_commit
         # Only the thread that holds the lock uses the writing connection.
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -339,7 +339,8 @@ class Storage:
             raise self._refusal(f"is damaged ({damage}): restore a backup")
         if is_new:
             stamp = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
-            connection.executescript(f"BEGIN; {self._schema} {stamp} COMMIT;")
+            schema = SCHEMA_PATH.read_text(encoding="utf-8")
+            connection.executescript(f"BEGIN; {schema} {stamp} COMMIT;")
 
     def _refusal(self, text: str) -> ConfigError:
         line = text.replace("\n", " ")  # SQLite describes damage in several lines

@@ -23,6 +23,15 @@ from tests.receiver import Answer, Receiver, Recorded
 
 ROOT = Path(__file__).parent.parent
 
+#: From each state, the states a job may move to.
+MOVES: Mapping[str, set[str]] = {
+    "accepted": {"running", "delivering"},
+    "running": {"accepted", "delivering"},
+    "delivering": {"delivered", "undelivered"},
+    "delivered": {"delivering"},
+    "undelivered": {"delivering"},
+}
+
 T = TypeVar("T")
 
 

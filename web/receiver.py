@@ -85,16 +85,8 @@ class Receiver:
 
     def listing(self, *, limit: int) -> dict[str, list[dict[str, Any]]]:
         """Answer GET /postprocessed: what was received, newest first."""
-        received = [
-            {
-                "webhook_id": one.webhook_id,
-                "received_at": model.text_of(one.received_at),
-                "signature": one.signature,
-                "event": json.loads(one.body),
-            }
-            for one in self.journal.received(limit=limit)
-        ]
-        return {"received": received}
+        received = self.journal.received(limit=limit)
+        return {"received": [one | {"event": json.loads(one.pop("body"))} for one in received]}
 
 
 def main() -> None:

@@ -111,6 +111,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         self, api_tokens: tuple[str, ...] = (), allowed_hosts: frozenset[str] | None = None
     ) -> None:
         super().__init__()
+        self.uninstall(bottle.JSONPlugin)
+        self.install(bottle.JSONPlugin(_ENCODE))
         self.config["catchall"] = False  # the server answers what is raised
         self._api_tokens = [token.encode() for token in api_tokens]
         self._allowed_hosts = allowed_hosts

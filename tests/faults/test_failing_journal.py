@@ -125,6 +125,6 @@ def test_whichever_operation_fails_at_a_start_the_next_resumes_all(monkeypatch, 
     assert number > 15
     with closing(Journal(path, on_lost=lambda: None)) as journal:
         journal.open()
-        assert [one.job.id for one in claim(journal)] == ids
-        assert journal.job(posted).next_attempt_at == NOW
-        assert journal.job(ids[0]).interrupted == 1
+        assert [one.id for one in claim(journal)] == ids
+        assert journal.detail(posted)[0].next_attempt_at == NOW
+        assert journal.detail(ids[0])[0].interrupted == 1

@@ -1,6 +1,7 @@
 """The journal's file: opened, refused, locked, committed, failing, and lost."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sqlite3
@@ -16,23 +17,25 @@ from jobs import storage
 from jobs.errors import ConfigError, JournalLost, Refusal
 from jobs.storage import Storage
 
-SCHEMA = "CREATE TABLE notes (text TEXT NOT NULL UNIQUE) STRICT;"
+NOTE = "INSERT INTO received VALUES (NULL, :text, 'now', 'none', x'')"
+NOTES = "SELECT webhook_id FROM received ORDER BY seq"
 
 
 class Notes(Storage):
-    """A storage with one table, that counts how often it was lost and committed durably."""
+    """A storage of notes, in a table of the schema. It counts its losses and durable commits."""
 
     def __init__(self, path: Path) -> None:
         self.losses: list[str] = []
         self.commits: list[float] = []  # the seconds of each that was durable
-        super().__init__(path, SCHEMA, lambda: self.losses.append("lost"), self.commits.append)
+        on_lost = functools.partial(self.losses.append, "lost")
+        super().__init__(path, on_lost=on_lost, on_commit=self.commits.append)
 
     def note(self, text: str, *, durable: bool = True) -> None:
         with self.transaction(durable=durable):
-            self._write("INSERT INTO notes VALUES (:text)", text=text)
+            self._write(NOTE, text=text)
 
     def notes(self) -> list[str]:
-        return [row["text"] for row in self._read("SELECT text FROM notes ORDER BY rowid")]
+        return [row[0] for row in self._read(NOTES)]
 
 
 class Faulty(sqlite3.Connection):
@@ -210,10 +213,10 @@ def test_only_what_is_durable_waits_for_the_disk(opened):
     for text, durable in (("a", False), ("b", True), ("c", True)):
         opened.note(text, durable=durable)
 
-    assert [line.partition(" VALUES ")[2] or line for line in statements] == [
-        *("PRAGMA synchronous = 1", "BEGIN IMMEDIATE", "('a')", "COMMIT"),
-        *("PRAGMA synchronous = 2", "BEGIN IMMEDIATE", "('b')", "COMMIT"),
-        *("BEGIN IMMEDIATE", "('c')", "COMMIT"),
+    assert [line.partition(" INTO ")[0] for line in statements] == [
+        *("PRAGMA synchronous = 1", "BEGIN IMMEDIATE", "INSERT", "COMMIT"),
+        *("PRAGMA synchronous = 2", "BEGIN IMMEDIATE", "INSERT", "COMMIT"),
+        *("BEGIN IMMEDIATE", "INSERT", "COMMIT"),
     ]
     assert len(opened.commits) == 2
 
@@ -222,7 +225,7 @@ def test_what_is_written_inside_of_a_transaction_is_committed_with_it(opened):
     with opened.transaction(durable=True):
         opened.note("a")
         opened.note("b", durable=False)
-        seen = [row["text"] for row in opened._fetch("SELECT text FROM notes")]
+        seen = [row[0] for row in opened._fetch(NOTES)]
         others = opened.notes()
 
     assert (seen, others, opened.notes()) == (["a", "b"], [], ["a", "b"])
@@ -292,7 +295,7 @@ def test_when_memory_runs_out_nothing_is_committed(opened):
         with opened.transaction(durable=True):
             opened.note("a")
             with contextlib.suppress(MemoryError):
-                opened._execute("INSERT INTO notes VALUES (:text)", Small())
+                opened._execute(NOTE, Small())
 
     assert "no memory" in refused(work).detail
     assert opened.notes() == []

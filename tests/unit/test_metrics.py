@@ -63,7 +63,7 @@ def of(metrics, name, **labels):
     ids=["in order", "the clock was set back", "canceled before it began"],
 )
 def test_an_analysis_counts_with_its_times(metrics, started, finished, expected):
-    ending = model.without_result(Outcome.FAILED, "ValueError", "no")
+    ending = model.without_result(Outcome.FAILED, "no", "ValueError")
     times: dict[str, Any] = {
         "started_at": None if started is None else NOW + timedelta(seconds=started),
         "finished_at": NOW + timedelta(seconds=finished),

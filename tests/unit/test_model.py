@@ -72,7 +72,7 @@ def test_an_event_has_every_field_of_the_contract():
 
 
 def test_an_error_may_contain_any_text_and_is_cut():
-    ending = model.without_result(Outcome.FAILED, "ValueError", "a\ud800é" + "x" * 3000)
+    ending = model.without_result(Outcome.FAILED, "a\ud800é" + "x" * 3000, "ValueError")
 
     assert ending.error["message"] == "a?é" + "x" * 1997
 
