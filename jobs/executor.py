@@ -304,11 +304,10 @@ class WorkerExecutor(Executor):
                 run.connection.settimeout(0)
                 self.selector.register(run.connection, selectors.EVENT_READ, run)
                 run.listener.started()
+                self._send(run)
                 socket.send_fds(control, [b"j"], [theirs.fileno()])
         except OSError:  # there are too many open files, or the worker has hung up
             self._finish(run, NOT_BEGUN)
-        else:
-            self._send(run)
 
     def _send(self, run: _Run) -> None:
         """Send as much of the payload as there is room for."""

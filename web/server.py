@@ -310,6 +310,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """Accept connections that wait, so that their requests share a turn, but not too many."""
         try:
             for _ in range(MAX_TURN):
+                if len(self.active_channels) >= self.adj.connection_limit:
+                    raise OSError("there are too many connections")  # noqa: TRY301 - as below
                 if not (accepted := self.accept()):
                     break
                 connection, address = accepted
@@ -318,12 +320,6 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         except (OSError, MemoryError) as exc:  # mostly, no descriptor is free
             log.warning("connection not accepted", extra={"error": str(exc)})
             self.accepting = False  # until the next maintenance
-
-    def accept(self) -> Any:
-        """Accept one connection. Half of the descriptors are kept for other things."""
-        if len(self.active_channels) >= self.adj.connection_limit:
-            raise OSError("there are too many connections")
-        return super().accept()
 
     def maintenance(self, now: float) -> None:
         """Close what was silent or lingered for too long. waitress calls it at each tick."""

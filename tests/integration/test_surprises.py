@@ -1,5 +1,6 @@
 """What happens at the wrong moment, or fails once: no job is lost, and no place stays taken."""
 
+import _thread
 import logging
 import os
 import signal
@@ -9,7 +10,6 @@ import sys
 import threading
 from contextlib import closing
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -358,19 +358,13 @@ def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start
 def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail, name, times):
     """Each try fails twice: with others, and alone."""
     service, has_failed = start_twice(), fail(Journal, name, times=times)
-    is_second = partial(is_thread_of_attempt, service)
-    fail(threading.Thread, "start", matters=is_second, problem=RuntimeError)  # so it is put off
+    fail(_thread, "start_new_thread", problem=RuntimeError)  # so an attempt is put off
 
     job = service.wait_for(service.send(act("fail_at_first", 1)))
 
     assert has_failed.is_set()
     assert (job["state"], job["starts"], job["attempts_made"]) == ("delivered", 2, 2)
     assert service.wait_for(service.send(1))["outcome"] == "succeeded"
-
-
-def is_thread_of_attempt(service, thread):
-    run = service.service.runner.run_of(thread.name)
-    return run is not None and run.is_posting
 
 
 def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail):
@@ -384,24 +378,15 @@ def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [("start", MemoryError), ("start", RuntimeError), ("__init__", MemoryError)],
-)
-def test_a_job_whose_thread_cannot_start_runs_later(start_hasty, fail, name, problem):
+@pytest.mark.parametrize("problem", [MemoryError, RuntimeError])
+def test_an_attempt_whose_thread_cannot_start_is_made_later(start_hasty, fail, problem):
     service = start_hasty(MAX_RUNNING="1")
-    has_failed = fail(threading.Thread, name, matters=is_for_a_job, problem=problem)
+    has_failed = fail(_thread, "start_new_thread", problem=problem)
 
     job = service.wait_for(service.send(1))
 
     assert has_failed.is_set()
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
-
-
-def is_for_a_job(thread, *arguments, **options):
-    """Return whether a thread that starts, or is made, has the name of a job."""
-    name: Any = options.get("name") or getattr(thread, "_name", "")
-    return len(name) == 32
 
 
 @pytest.mark.parametrize("workers", [None, 1])
