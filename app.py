@@ -39,7 +39,8 @@ from web import intake, logs, metrics, outbound
 from web.receiver import Receiver
 from web.server import Application, Server, is_local, json_answer
 
-#: Exit codes (sysexits.h): the journal was lost; jobs wait for the next start; a refused start.
+#: Exit codes (sysexits.h): the journal was lost, or the service failed; jobs wait for the next
+#: start; a refused start.
 EXIT_LOST = 74
 EXIT_WAITING = 75
 EXIT_REFUSED = 78
@@ -61,7 +62,12 @@ log = logging.getLogger("postback")
 
 
 class Api:
-    """The routes. What is refused is raised, and becomes a problem in `web/server.py`."""
+    """The routes. What is refused is raised, and becomes a problem in `web/server.py`.
+
+    A handler that changes a job only checks the request. What it leaves in `postback.write` is
+    called by the loop, inside the transaction that several requests share, and returns the answer.
+    What is in `postback.after` is called once the answer was sent.
+    """
 
     def __init__(self, service: "Service") -> None:
         self._config = service.config
@@ -100,7 +106,7 @@ class Api:
         return app
 
     def process(self) -> None:
-        """Answer POST /process: check. Accepting is left to the transaction of the turn."""
+        """Answer POST /process."""
         environ = bottle.request.environ
         payload = intake.read_payload(environ, max_bytes=self._config.max_body_bytes)
         job = self._new_job(payload)
@@ -475,7 +481,7 @@ def _greet(service: Service, settings: Config) -> None:
 
 
 def _print_to_terminal(text: str) -> None:
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():  # it is None when descriptor 1 was closed
         print(text, flush=True)
 
 

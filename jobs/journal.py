@@ -73,7 +73,7 @@ class Journal(Storage):
         Returns:
             Each job, what its caller sent, and the JSON text that its analysis kept last.
         """
-        startable = """
+        choose = """
             WITH chosen AS (
                 SELECT * FROM (SELECT seq FROM startable
                                 WHERE alone = 2 ORDER BY seq LIMIT :max_interrupted)
@@ -93,7 +93,7 @@ class Journal(Storage):
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
         moved = {"state": State.RUNNING, "started_at": now}
         with self.transaction():
-            rows = self._fetch(startable, **limits)
+            rows = self._fetch(choose, **limits)
             for row in rows:
                 self._write(move, seq=row["seq"], now=now)
             jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
@@ -105,12 +105,12 @@ class Journal(Storage):
         Raises:
             MoveError: The job is not running.
         """
-        note = """
+        acquit = """
             UPDATE jobs SET interrupted = 0, alone = CASE alone WHEN 2 THEN 0 ELSE alone END
              WHERE id = :id AND state = 'running'"""
         store = "INSERT OR REPLACE INTO kept SELECT seq, :value FROM jobs WHERE id = :id"
         with self.transaction():
-            self._move(job_id, note, wanted="given a value to keep")
+            self._move(job_id, acquit, wanted="given a value to keep")
             self._write(store, id=job_id, value=value)
 
     def run_again(self, job_id: str, again: model.Again, *, now: datetime) -> None:

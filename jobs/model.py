@@ -27,8 +27,8 @@ class State(StrEnum):
     """Where a job stands. The values are stored in the journal, so never rename one."""
 
     ACCEPTED = "accepted"  # committed and answered 200; its analysis waits to be started
-    RUNNING = "running"  # its analysis was given to a worker
-    DELIVERING = "delivering"  # the event is stored; attempts are under way
+    RUNNING = "running"  # its analysis is given to a worker, or runs
+    DELIVERING = "delivering"  # the event is stored; an attempt is under way, or will be
     DELIVERED = "delivered"  # the receiver answered 2xx
     UNDELIVERED = "undelivered"  # no attempt is left; it can be resent
 
@@ -79,11 +79,11 @@ class Job:
         started_at: When its analysis was started the last time.
         finished_at: When its analysis ended.
         next_start_at: When a failed analysis runs again; None when nothing holds it back.
-        next_attempt_at: None while an attempt is under way, and in every state but `delivering`.
+        next_attempt_at: When the next attempt is due. None while one is under way.
         ended_at: When it became `delivered` or `undelivered`.
         attempts: How many attempts are recorded.
         resent_after: How many there were when it was last resent; the schedule counts from there.
-        last_error: Why its analysis is to run again: a type and a message.
+        last_error: Why its analysis failed when it was to run again last: a type and a message.
     """
 
     id: str
@@ -245,6 +245,7 @@ def event_of(job: Job, ending: Ending, *, max_bytes: int, job_url: str) -> Event
         "started_at": ending.started_at and text_of(ending.started_at),
         "finished_at": ending.finished_at and text_of(ending.finished_at),
     }
+    # The result is JSON already, so it is put before the two braces that close the document.
     head, result = _serialize(fields)[:-2] + b', "result": ', ending.result or b"null"
     if ending.result is None or len(head) + len(result) + 2 <= max_bytes:
         result_at = None if ending.result is None else len(head)

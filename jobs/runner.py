@@ -52,7 +52,8 @@ MAX_STARTS, MAX_ATTEMPT_STARTS = 64, 16
 #: After a look for due attempts, the next one waits so many times as long as this one took.
 REST = 4
 
-#: Jobs pruned, or resent, in one commit, so that nobody waits long for it; and the pause after it.
+#: Jobs resent, or pruned with as many received postbacks, in one commit, so that nobody waits long
+#: for it; and the pause after it.
 BATCH = 100
 BATCH_PAUSE_SECONDS = 0.02
 
@@ -191,7 +192,10 @@ class Runner:
         self._look_for_attempts(0.0)
 
     def resend_undelivered(self, since: datetime) -> int:
-        """Post the events of all undelivered jobs that ended from `since` on; return how many."""
+        """Post the events of all undelivered jobs that ended from `since` on; return how many.
+
+        The loop must not call it, because it waits between two batches.
+        """
         now, resent = self._clock(), 0
         while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
             resent += count
@@ -218,7 +222,7 @@ class Runner:
             raise _unavailable("No worker", f"{text} Jobs are accepted, and wait.")
 
     def drain(self, seconds: float) -> int:
-        """Stop: start nothing more, let what runs end, leave the rest in the journal.
+        """Stop: let what runs end and be posted once, and leave the rest in the journal.
 
         Args:
             seconds: How long to wait for what is under way.
@@ -247,8 +251,9 @@ class Runner:
                 raise _unavailable("Queue full", text)
 
     def _count(self, *, is_posting: bool, receiver: str | None = None) -> int:
-        runs = [run for run in [*self._runs.values()] if run.is_posting is is_posting]
-        return len([run for run in runs if receiver in (None, run.job.receiver)])
+        runs = self._runs.copy().values()  # other threads call this, too
+        of_kind = [run.job.receiver for run in runs if run.is_posting is is_posting]
+        return len(of_kind) if receiver is None else of_kind.count(receiver)
 
     # In the loop
 
@@ -316,9 +321,8 @@ class Runner:
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
             self._executor.stop(run.job.id)
             self._store(run, model.without_result(Outcome.TIMED_OUT, text))
-        self._times_out_at = min(
-            (run.times_out_at for run in self._runs.values()), default=math.inf
-        )
+        times = [run.times_out_at for run in self._runs.values()]
+        self._times_out_at = min(times, default=math.inf)
 
     def _release_due_starts(self) -> None:
         now = self._clock()
@@ -330,26 +334,27 @@ class Runner:
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        held = len(jobs) + len(self._writer.failed)  # these hold memory
-        limit = min(self._config.max_running - held, self._executor.free(), MAX_STARTS)
+        taken = len(jobs) + len(self._writer.failed)  # these hold memory
+        limit = min(self._config.max_running - taken, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
-        shared = sum(job.alone == model.Alone.SHARED for job in jobs)
-        interrupted = any(job.alone == model.Alone.INTERRUPTED for job in jobs)
-        with self._journal.transaction():
-            claimed = self._journal.claim(
-                now=self._clock(),
-                limit=limit,
-                max_shared=MAX_ALONE - shared,
-                max_interrupted=0 if interrupted else 1,
-            )
-            runs = [Run(job=job) for job, _, _ in claimed]
-        self._runs |= {run.job.id: run for run in runs}
+        max_shared = MAX_ALONE - sum(job.alone == model.Alone.SHARED for job in jobs)
+        max_interrupted = 1 - any(job.alone == model.Alone.INTERRUPTED for job in jobs)
+        limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
+        claim = functools.partial(self._journal.claim, now=self._clock(), **limits)
+        claimed = self._take(claim, is_posting=False)
         self._waiting = max(0, self._waiting - len(claimed))
-        for run, (_, body, kept) in zip(runs, claimed, strict=True):
+        for run, body, kept in claimed:
             self._analyze(run, body, kept)
         if len(claimed) == MAX_STARTS:
             self._starts_at = 0.0  # there may be more
+
+    def _take(self, claim: Callable[[], list[tuple[Any, ...]]], *, is_posting: bool) -> list[Any]:
+        """Claim jobs, and note that they are under way. Nothing is claimed when that fails."""
+        with self._journal.transaction():
+            taken = [(Run(job=job, is_posting=is_posting), *rest) for job, *rest in claim()]
+        self._runs |= {run.job.id: run for run, *_ in taken}
+        return taken
 
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
@@ -357,7 +362,8 @@ class Runner:
         now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
         # What is known of others is of no use any more.
-        self._failing.intersection_update(receiver for receiver, _ in receivers)
+        under_way = {run.job.receiver for run in self._runs.values()}
+        self._failing &= under_way.union(receiver for receiver, _ in receivers)
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
         for receiver, due_at in receivers:
             seconds = max((due_at - now).total_seconds(), self._held_seconds(receiver))
@@ -365,8 +371,8 @@ class Runner:
                 next_seconds = min(next_seconds, seconds)
             elif room := self._room(receiver):
                 limit = min(room, MAX_ATTEMPT_STARTS)
-                for job, event in self._journal.claim_due(receiver, now=now, limit=limit):
-                    run = self._runs[job.id] = Run(job=job, is_posting=True)
+                claim = functools.partial(self._journal.claim_due, receiver, now=now, limit=limit)
+                for run, event in self._take(claim, is_posting=True):
                     self._start_thread(run, event)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
@@ -569,14 +575,13 @@ class Runner:
         if attempt.hold_seconds:
             self._held[job.receiver] = time.monotonic() + attempt.hold_seconds
         (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
-        if attempt.seconds_until_next is not None:
-            self._look_for_attempts(attempt.seconds_until_next)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:
             facts: dict[str, Any] = {"attempt": attempt.number, "status_code": attempt.status_code}
             facts |= {"error": attempt.error, "next_in_seconds": attempt.seconds_until_next}
             log.warning("attempt failed", extra=job.facts | facts)
         if attempt.seconds_until_next is not None:
+            self._look_for_attempts(attempt.seconds_until_next)
             return
         seconds = round((self._clock() - job.created_at).total_seconds(), 3)
         facts = {"outcome": job.outcome, "starts": job.starts, "attempts": attempt.number}

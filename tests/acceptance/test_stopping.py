@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -210,7 +211,7 @@ def test_a_hangup_that_was_ignored_stays_ignored(start_process):
 
 
 @pytest.mark.parametrize(
-    "outputs", ["<&- >/dev/full 2>&-", "2>&1 | true"], ids=["closed or full", "unread"]
+    "outputs", ["<&- >/dev/full 2>&-", "2>&1 | true", ">&-"], ids=["closed or full", "unread", "no"]
 )
 def test_outputs_that_take_nothing_do_not_stop_it(outputs):
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -219,12 +220,14 @@ def test_outputs_that_take_nothing_do_not_stop_it(outputs):
     shell = ["/bin/sh", "-c", f'"$0" app.py {outputs}', sys.executable]
     service = Caller(f"http://127.0.0.1:{port}")
 
-    with subprocess.Popen(shell, cwd=ROOT, env=env, start_new_session=True) as child:
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(shell, cwd=ROOT, env=env, **options) as child:
         try:
             poll(lambda: is_open(port), "the service")
             job = service.wait_for(service.send([1, 2]))
         finally:
             service.close()
             os.killpg(child.pid, signal.SIGTERM)
+        assert b"Traceback" not in child.stderr.read()
 
     assert [attempt["status_code"] for attempt in job["attempts"]] == [200]

@@ -177,6 +177,29 @@ def test_due_attempts_that_cannot_be_read_once_are_made(start_hasty, receiver, f
     assert has_failed.is_set()
 
 
+def test_due_attempts_for_which_there_is_no_memory_once_are_made(start_hasty, receiver, fail):
+    receiver.answers = [500]
+    has_failed = fail(runner, "Run", matters=lambda *, is_posting, **_: is_posting)
+    service = start_hasty()
+
+    assert service.wait_for(service.send(1))["attempts_made"] == 2
+    assert has_failed.is_set()
+
+
+def test_a_receiver_that_fails_is_known_while_its_attempts_are_under_way(start_hasty, receiver):
+    receiver.answers, released = [500], threading.Event()
+    receiver.default = lambda *_: 500 if released.wait(20) else None
+    service = start_hasty()
+    service.send(0)
+    receiver.wait_for(2)
+
+    ids = [service.send(n) for n in range(9)]
+    due = [service.wait_for(one, "delivering")["next_attempt_at"] for one in ids]
+    released.set()
+
+    assert due.count(None) == runner.MAX_PER_FAILING_RECEIVER - 1
+
+
 @pytest.mark.parametrize(("name", "line"), [("claim", "runner failed"), ("record", "write failed")])
 def test_g27_what_nobody_expected_is_logged_once(start_hasty, fail, caplog, name, line):
     service = start_hasty()
