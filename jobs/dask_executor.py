@@ -91,7 +91,7 @@ class DaskExecutor(Executor):
 
     def failure(self) -> str | None:
         """Return why no analysis can run now; None when one can."""
-        return None if self._client else self._failure or f"{self._url} has not answered yet."
+        return self._failure or (None if self._client else f"{self._url} has not answered yet.")
 
     def run(self, job: model.Job, body: bytes, *, kept: str | None, listener: Listener) -> None:
         """Begin an analysis on the cluster."""
@@ -133,6 +133,12 @@ class DaskExecutor(Executor):
             else:
                 run.listener.progressed(fraction, note)
 
+    def _lose(self, keys: set[str]) -> None:
+        """Stop the clock of the jobs whose Dask worker was lost. They begin again on another."""
+        for run in [run for run in self._runs.values() if run.future.key in keys]:
+            run.has_started = False
+            run.listener.returned()
+
     def _finish(self, run: _Run, ending: model.Ending | model.Again) -> None:
         if self._runs.get(run.job_id) is not run:  # it was stopped
             return
@@ -145,6 +151,10 @@ class DaskExecutor(Executor):
 
     def _hear(self, event: tuple[float, tuple[str, Any, Any]]) -> None:
         self._tell(self._report, *event[1])
+
+    def _hear_of_workers(self, event: tuple[float, Any]) -> None:
+        if isinstance(event[1], dict) and event[1].get("action") == "remove-worker":
+            self._tell(self._lose, set(event[1]["processing-tasks"]))
 
     def _start_to_gather(self, run: _Run) -> None:
         """Gather a result in a thread of its own, since Dask has one for all callbacks."""
@@ -182,7 +192,8 @@ class DaskExecutor(Executor):
                 with self._connection(runner.loop) as client:
                     self._note(client, None)
                     while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
-                        pass
+                        has_workers = client.scheduler_info()["workers"]
+                        self._failure = None if has_workers else f"{self._url} has no worker."
                     raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 text = f"The Dask cluster at {self._url} cannot be used: {str(exc).rstrip('.')}."
@@ -201,6 +212,7 @@ class DaskExecutor(Executor):
         try:
             self._upload(client)
             client.subscribe_topic(self._topic, self._hear)
+            client.subscribe_topic("all", self._hear_of_workers)  # all that the scheduler tells
             # It must not connect again by itself: a new scheduler knows neither the files nor us.
             client._timeout = 0  # noqa: SLF001 - there is no other way
             yield client
@@ -227,7 +239,7 @@ class DaskExecutor(Executor):
         """Note a change, and log it if it is one."""
         if client and not self._client:
             log.info("cluster connected", extra={"scheduler": self._url})
-        elif failure and not self._failure and not self._closed.is_set():
+        elif failure and (self._client or not self._failure) and not self._closed.is_set():
             log.warning("cluster away", extra={"error": failure})
         self._client, self._failure = client, failure
         if failure:

@@ -75,8 +75,8 @@ class Listener(NamedTuple):
 
     Attributes:
         started: The payload goes to a worker that is ready. The time limit counts from here.
-        returned: The analysis has ended, but its result may wait for others. The limit counts no
-            more. DaskExecutor does not call it, because no result waits there.
+        returned: The limit counts no more, because the analysis has ended and its result may wait
+            for others, or because its Dask worker was lost, and it will start again.
         progressed: Is given a fraction and a note.
         kept: Is given JSON text, and a function to call with "" when it is on disk, or with why it
             cannot be kept, which becomes a RuntimeError in the analysis.
@@ -480,10 +480,10 @@ class WorkerExecutor(Executor):
         for run in [*one.runs]:
             while self._hear(run):  # what it has sent before
                 pass
-        if problem and (one.is_needed or not one.is_stale):
+        is_asked = one.is_stale or self._draining.is_set()
+        if problem and (one.is_needed or not is_asked):
             self._refuse(problem)
         elif not problem:
-            is_asked = one.is_stale or self._draining.is_set()
             level = logging.INFO if is_asked else logging.WARNING
             log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(one.code)})
             if not one.runs:  # else a job has ended it

@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import struct
@@ -71,8 +72,9 @@ OOM_POINTS = 500
 #: What to write in place of a type, or of one that is based on it. The first that fits counts.
 HINTS: Mapping[str, str] = {
     "bool(...)": "numpy.bool numpy.bool_",
+    "float(...)": "numpy.longdouble",
     ".item()": "numpy.generic",
-    ".tolist()": "numpy.ndarray pandas.Index",
+    ".tolist()": "numpy.ndarray pandas.Index pandas.ExtensionArray array.array",
     ".to_dict()": "pandas.Series",
     '.to_dict("records")': "pandas.DataFrame",
     "None": "pandas.NaTType pandas.NAType",
@@ -80,8 +82,9 @@ HINTS: Mapping[str, str] = {
     "float(...), or str(...) for all digits": "decimal.Decimal",
     ".decode(), or base64": "bytes bytearray",
     "sorted(...) or list(...)": "set frozenset",
-    "list(...)": "generator range map filter zip dict_keys dict_values",
-    "str(...)": "numpy.datetime64 numpy.timedelta64 object",
+    "list(...)": "generator range map filter zip dict_keys dict_values collections.deque",
+    "dict(...)": "mappingproxy collections.UserDict collections.ChainMap",
+    "str(...), or its parts": "object",
 }
 
 #: How ANALYSIS is written.
@@ -93,9 +96,11 @@ PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", 
 #: The job for which this thread works. asyncio hands it on to tasks and to `to_thread`.
 job_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("job_id", default=None)
 
+_LIBRARY = f"{Path(os.__file__).parent}/"
 _NOTHING: Any = object()  # None is a value that can be kept
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 #: Is given a fraction, a note, and the JSON text that is to be kept, if any. Raises OSError when
@@ -152,9 +157,9 @@ class Job:
             RuntimeError: The value could not be kept.
         """
         kept = None if keep is _NOTHING else _checked_kept(keep)
-        fraction = round(float(fraction), 6)  # a sum of tenths may be a little more than 1
-        if not 0 <= fraction <= 1:
+        if not 0 <= fraction < 1.000001:  # a sum of tenths may be a little more than 1
             raise ValueError(f"fraction must be a number from 0 to 1, but it is {fraction}")
+        fraction = min(round(float(fraction), 6), 1.0)
         if os.getpid() != self._pid:
             raise RuntimeError("job.progress works only in the process that runs the analysis")
         with self.lock:
@@ -244,6 +249,8 @@ def _faults_of_keys(path: str, value: Mapping[Any, Any]) -> Iterator[str]:
 def _faults_of_scalar(path: str, value: Any) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{path} is {value}, which is not JSON: use None"
+    elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+        yield f"{path} has half of a surrogate pair, for which there is no UTF-8: leave it out"
     elif value is not None and not isinstance(value, str | int | float):
         # Such as `numpy.bool`, wherever in its package the type is defined.
         kinds = [f"{k.__module__.partition('.')[0]}.{k.__name__}" for k in type(value).__mro__]
@@ -296,21 +303,31 @@ def _import(module_name: str) -> Any:
             raise LoadError(f"importing it raised {type(exc).__name__}: {exc}{where}") from exc
         line = f"add a line `{PACKAGES.get(missing, missing)}` to requirements-local.txt"
         own = f"if {missing}.py is your own file, put it beside app.py"
-        text = f"it imports {missing!r}, which is not installed: {line}; {own}"
+        text = f"it imports {missing!r}, which is not installed: {line} (or what brings it); {own}"
         raise LoadError(text) from None
 
 
 def _places(exc: BaseException) -> list[str]:
-    """Return where something was raised, the innermost place last, but for our own frames."""
-    lines = [(one.f_code, number) for one, number in traceback.walk_tb(exc.__traceback__)]
-    places = [f"{code.co_filename}:{number} {code.co_name}" for code, number in lines]
-    ours = (__file__, "<frozen importlib", importlib.__file__)
-    return [_clean(one, 500) for one in places if not any(name in one for name in ours)]
+    """Return where something was raised, and then where its cause was, the innermost place last.
+
+    Places in libraries are left out, unless there is no other, and those in this file always.
+    """
+    places, causes = list[str](), [exc]
+    for cause in causes:
+        for frame, number in traceback.walk_tb(cause.__traceback__):
+            if not (code := frame.f_code).co_filename.startswith((__file__, "<frozen ")):
+                places.append(_clean(f"{code.co_filename}:{number} {code.co_name}", 500))
+        inner = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        if inner and inner not in causes:
+            causes.append(inner)
+    own = [one for one in places if not one.startswith(_LIBRARY) and "-packages/" not in one]
+    return own or places[-1:]
 
 
 def _with_job(function: Callable[..., Any], name: str) -> Callable[[Any, Job], Any]:
     """Return a function of data and job, which hands on the job to a `function` that takes it."""
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    kinds = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(is_kind(one) for is_kind in kinds for one in (function, type(function).__call__)):
         raise LoadError(f"{name!r} is a generator: expected a function that returns its result")
     # Annotations may name what is imported for type checkers only: 4 is Format.STRING.
     options: dict[str, Any] = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
@@ -318,6 +335,8 @@ def _with_job(function: Callable[..., Any], name: str) -> Callable[[Any, Job], A
         signature = inspect.signature(function, **options)
     except (TypeError, ValueError):  # some builtins have none
         return lambda data, _: function(data)
+    if [*signature.parameters][:1] == ["self"]:
+        raise LoadError(f"{name!r} is a method of a class: expected one of an object")
     others = [*signature.parameters.values()][1:]
     needed = [one.name for one in others if one.default is one.empty and one.kind not in _VARIABLE]
     takers = (needed or [one.name for one in others if one.name == "job"])[:1]
@@ -358,6 +377,8 @@ def run(analyze: Callable[[Any, Job], Any], body: bytes, job: Job) -> tuple[byte
 
 def _error(exc: BaseException, kind: str | None = None) -> bytes:
     """Return the payload of an ERROR frame. Only what the analysis raised may run again."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
     try:
         message = str(exc)
     except BaseException:  # noqa: BLE001 - an exception of the user's may not even print
@@ -555,27 +576,39 @@ def _analyze(path: str) -> None:
     del sys.argv[1:]
     name = os.environ.get("ANALYSIS") or "processing:analyze"
     _find_modules()
+    payload = _payload(path)
+    _add_job_ids()
+    try:
+        analyze = load(name)
+    except LoadError as exc:
+        sys.exit(f"ANALYSIS={name!r}: {exc}")
+    _log_plainly("info")
+    facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
+    try:
+        value = call(analyze, payload["data"], Job(_draw, **facts))
+    except SystemExit as exc:
+        sys.exit(f"The analysis called sys.exit({exc.code!r}), with which a job fails.")
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below the bar
+    try:
+        print(json.dumps(json.loads(encode(value)), indent=2, ensure_ascii=False))
+    except NotJSONError as exc:
+        sys.exit(str(exc))
+
+
+def _payload(path: str) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_bytes()
         payload = json.loads(text, parse_constant=_refuse_constant)
     except OSError as exc:
         sys.exit(f"{path}: {exc.strerror}")
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         sys.exit(f"{'Standard input' if path == '-' else path} is not JSON: {exc}")
     # The service checks more, but these mistakes are common.
     if not isinstance(payload, dict) or payload.get("data") in (None, "", [], {}):
         sys.exit('The payload needs "data" that is not null, "", [] or {}: write {"data": ...}.')
-    _add_job_ids()
-    try:
-        analyze = load(name)
-        _log_plainly("info")
-        facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
-        result = encode(call(analyze, payload["data"], Job(_draw, **facts)))
-    except LoadError as exc:
-        sys.exit(f"ANALYSIS={name!r}: {exc}")
-    except NotJSONError as exc:
-        sys.exit(str(exc))
-    print(json.dumps(json.loads(result), indent=2, ensure_ascii=False))
+    return payload
 
 
 def _refuse_constant(name: str) -> None:
@@ -584,8 +617,9 @@ def _refuse_constant(name: str) -> None:
 
 def _draw(fraction: float, note: str, _kept: str | None) -> None:
     if sys.stderr.isatty():
-        bar = f"\r[{'#' * int(fraction * 30):30}] {fraction:4.0%} {note}\033[K"
-        print(bar, end="\n" if fraction == 1 else "", file=sys.stderr, flush=True)
+        shown = note if note.isprintable() else repr(note)
+        bar = f"\r[{'#' * int(fraction * 30):30}] {fraction:4.0%} {shown}\033[K"
+        print(bar, end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_the_first_run_makes_the_venv_installs_and_starts_the_service(checkout, 
     assert (done.returncode, done.stdout) == (0, "")
     made, installing = done.stderr.splitlines()
     assert made == "run: making .venv with Python 3.11.7"
-    assert installing == f"run: installing {' '.join(files)}"
+    assert installing == f"run: installing {' '.join(files)} (see .venv/install.log)"
     assert checkout.installed() == [files]
     assert checkout.calls()[-1] == "app.py"
     assert (checkout.venv / "bin/pip").read_text() == f"#!{checkout.venv}/bin/python\n"
@@ -306,7 +306,7 @@ def test_any_other_failure_of_pip_is_shown_and_the_next_run_tries_again(prepared
 
     assert failed.returncode == 1
     assert "found for bottle==2\nrun: pip could not install requirements.txt." in failed.stderr
-    assert again.stderr == "run: installing requirements.txt\n"
+    assert again.stderr == "run: installing requirements.txt (see .venv/install.log)\n"
 
 
 # What it starts

@@ -115,10 +115,13 @@ def test_a_job_whose_worker_is_killed_is_run_by_another(own_cluster, start, tmp_
     mark(call, tmp_path / "go")
 
     own_cluster.kill_worker()
+    assert call.has_returned.wait(20)  # the clock stands still
+    poll(lambda: "has no worker" in (one.failure() or ""), "the loss")
     (tmp_path / "go").touch()
     own_cluster.start_worker()
 
     assert call.result() == "waited"
+    poll(lambda: one.failure() is None, "the worker")
 
 
 def test_a_job_that_kills_its_workers_is_crashed(own_cluster, start):

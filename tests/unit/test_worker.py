@@ -1,5 +1,6 @@
 """The parts of a worker that need no process: the loader, the job object, and strict JSON."""
 
+import collections
 import dataclasses
 import datetime as dt
 import decimal
@@ -53,7 +54,7 @@ def test_what_json_has_an_equal_for_is_encoded(value):
         ([decimal.Decimal(1)], "result[0] is a decimal.Decimal: use float(...), or str(...)"),
         ({1: "a", "1": "b"}, 'result has the keys 1 and "1", which are the same in JSON'),
         ([{(1, 2): 3}], "the key (1, 2) of result[0] is a tuple: use str(...)"),
-        ("\ud800", "result is not JSON: 'utf-8' codec can't encode character"),
+        (["\ud800"], "result[0] has half of a surrogate pair"),
         pytest.param(10**5000, "result is not JSON: Exceeds the limit", id="digits"),
     ],
 )
@@ -70,10 +71,12 @@ def test_what_is_not_json_is_named_by_its_path(value, fault):
         ({1}, "sorted(...) or list(...)"),
         (range(3), "list(...)"),
         (Point(), "dataclasses.asdict(...)"),
-        (pathlib.Path(), "str(...)"),
+        (pathlib.Path(), "str(...), or its parts"),
+        (collections.deque(), "list(...)"),
         (dt.datetime(2026, 1, 2, tzinfo=dt.UTC), ".isoformat()"),
         (imitation("numpy.bool"), "bool(...)"),
         (imitation("numpy.ndarray"), ".tolist()"),
+        (imitation("pandas.ExtensionArray"), ".tolist()"),
         (imitation("pandas.Series"), ".to_dict()"),
         (imitation("pandas.DataFrame"), '.to_dict("records")'),
         (imitation("pandas.NAType"), "None"),
@@ -129,7 +132,8 @@ def test_reports_that_follow_too_soon_are_dropped_but_none_that_keeps(job, told)
 @pytest.mark.parametrize(
     ("fraction", "keep", "message"),
     [
-        (None, 1, "must be a string or a real number, not 'NoneType'"),
+        ("0.5", 1, "'<=' not supported between instances of 'int' and 'str'"),
+        (10**400, 1, "fraction must be a number from 0 to 1, but it is 1000"),
         (float("nan"), 1, "fraction must be a number from 0 to 1, but it is nan"),
         (2, 1, "but it is 2"),
         (0.5, [{1}], "keep[0] is a set: use sorted(...) or list(...)"),
@@ -201,6 +205,7 @@ def annotated(data: "Unknown", job: "Unknown"):  # type: ignore[name-defined] # 
 
 
 called = Called()
+generating = type("Generating", (), {"__call__": generator})()
 shapes = types.SimpleNamespace(
     job_by_keyword=lambda data, *, job: job,
     optional_job=lambda data, job=None: job,
@@ -240,6 +245,8 @@ def test_an_analysis_is_called_as_it_wants_to_be(name, result):
         ("shapes.two_by_keyword", "but it is shapes.two_by_keyword(data, *, one, other)"),
         ("generator", "is a generator: expected a function that returns its result"),
         ("async_generator", "is a generator"),
+        ("generating", "is a generator"),
+        ("Called.method", "is a method of a class: expected one of an object"),
         ("shapes.number", "'shapes.number' is not a function but of type int"),
         ("nowhere", f"the module '{__name__}' ({__file__}) has no 'nowhere'"),
     ],
@@ -249,6 +256,31 @@ def test_other_shapes_are_refused(name, problem):
         worker.load(f"{__name__}:{name}")
 
     assert problem in str(caught.value)
+
+
+def test_of_a_failure_the_places_in_the_users_code_are_told(job):
+    def fail_twice(data, job):
+        try:
+            json.loads("{")
+        except ValueError as exc:
+            raise ExceptionGroup("several", [KeyError("a"), RuntimeError("b")]) from exc
+
+    def fail_for_a_reason(data, job):
+        try:
+            json.loads("{")
+        except ValueError as exc:
+            raise OSError("no file") from exc
+
+    kinds, facts = zip(
+        *(worker.run(one, b'{"data": 1}', job) for one in (fail_twice, fail_for_a_reason)),
+        strict=True,
+    )
+    group, cause = map(json.loads, facts)
+
+    assert kinds == (worker.ERROR, worker.ERROR)
+    assert (group["kind"], group["message"], cause["kind"]) == ("KeyError", "'a'", "OSError")
+    line = fail_for_a_reason.__code__.co_firstlineno
+    assert cause["frames"] == [f"{__file__}:{line + n} fail_for_a_reason" for n in (4, 2)]
 
 
 @pytest.mark.parametrize(
