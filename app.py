@@ -39,11 +39,10 @@ from web import intake, logs, metrics, outbound
 from web.receiver import Receiver
 from web.server import Application, Server, is_local, json_answer
 
-#: Exit codes (sysexits.h): the journal was lost, or the service failed; jobs wait for the next
-#: start; a refused start.
-EXIT_LOST = 74
-EXIT_WAITING = 75
-EXIT_REFUSED = 78
+# Exit codes (sysexits.h).
+EXIT_LOST = 74  # the journal was lost, or the service failed
+EXIT_WAITING = 75  # jobs wait for the next start
+EXIT_REFUSED = 78  # it cannot start as it is configured
 
 #: Jobs, or received postbacks, on one page.
 PAGE = 50
@@ -64,7 +63,7 @@ log = logging.getLogger("postback")
 class Api:
     """The routes. What is refused is raised, and becomes a problem in `web/server.py`.
 
-    A handler that changes a job only checks the request. What it leaves in `postback.write` is
+    A handler that changes one job only checks the request. What it leaves in `postback.write` is
     called by the loop, inside the transaction that several requests share, and returns the answer.
     What is in `postback.after` is called once the answer was sent.
     """
@@ -357,7 +356,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     threading.Thread(target=_start, args=(service, settings), name="start", daemon=True).start()
     signal.sigwait(signals)
     threading.Thread(target=_stop, args=(service,), name="stop", daemon=True).start()
-    # The second one ends at once: what is in the journal is resumed by the next start.
+    # A second signal ends the process at once. The next start resumes what is in the journal.
     os._exit(128 + signal.sigwait(signals))
 
 
@@ -464,10 +463,11 @@ def _greet(service: Service, settings: Config) -> None:
     token = ' -H "Authorization: Bearer $API_TOKEN"' if settings.api_token else ""
     is_ours = settings.analysis.startswith("processing:")  # another one expects other data
     data = "[3, 1, 4, 1, 5, 9, 2, 6]" if is_ours else "..."
+    hint = "" if is_ours else ", with your data in place of ..."
     text = (
         f"Postback listens on {service.base_url}\n"
         f"Results are posted to {config.without_password(service.postback_url)}\n"
-        f"Try it: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
+        f"Try it{hint}: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
         f"""-d '{{"data": {data}}}'"""
     )
     with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen

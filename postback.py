@@ -85,8 +85,8 @@ class Sender:
             public_only: outbound.CurlAdapter(ca_path=ca_path, public_only=public_only)
             for public_only in (False, True)
         }
-        #: No attempt is due later than this after another.
         longest_seconds = max(config.postback_schedule_seconds, default=0.0) * (1 + JITTER)
+        #: No attempt is due later than this after another.
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
 
     def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
@@ -116,7 +116,7 @@ class Sender:
             duration_seconds=time.monotonic() - started,
             status_code=None if answer is None else answer.status_code,
             error=error,
-            **self._follows(job, answer, show=not is_public_only) if error else {},
+            **self._follows(job, answer, show=not is_public_only) if error is not None else {},
         )
 
     def _follows(
@@ -129,7 +129,7 @@ class Sender:
         asked_seconds = min(float(headers.get("retry-after", 0)), MAX_RETRY_AFTER_SECONDS)
         is_final = status_code == 410 or headers.get("webhook-delivery") == "abort-message"
         until_next = seconds_until_next(
-            job.attempts + 1 - job.resent_after,  # a resend has the whole schedule before it
+            job.attempts + 1 - job.resent_after,  # after a resend the schedule begins again
             self._config.postback_schedule_seconds,
             retry_after_seconds=asked_seconds,
             random=self._random,

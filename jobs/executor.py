@@ -485,7 +485,8 @@ class WorkerExecutor(Executor):
             self._refuse(problem)
         elif not problem:
             level = logging.INFO if is_asked else logging.WARNING
-            log.log(level, "worker ended", extra={"pid": one.pid, "ending": _how(one.code)})
+            ending = None if is_asked else _how(one.code)
+            log.log(level, "worker ended", extra={"pid": one.pid, "ending": ending})
             if not one.runs:  # else a job has ended it
                 self._retry_at = one.started_at + RETRY_SECONDS
         if one.control:

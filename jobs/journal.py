@@ -118,8 +118,8 @@ class Journal(Storage):
 
         Args:
             job_id: The job.
-            again: Why, and after which pause from now on. With an error it counts as a failure, and
-                a start that was none does not count.
+            again: Why, and after which pause from now on. With an error it counts as a failure. A
+                start that never began is not counted any more.
             now: When that is.
 
         Raises:
@@ -237,7 +237,7 @@ class Journal(Storage):
         return state
 
     def resend(self, job_id: str, *, now: datetime) -> None:
-        """Make an ended job's event due again, with the whole schedule before it.
+        """Make an ended job's event due again. The schedule begins again.
 
         Raises:
             MoveError: It is not `delivered` or `undelivered`.
@@ -286,7 +286,8 @@ class Journal(Storage):
 
         Args:
             now: Attempts that were under way are due now.
-            latest: No attempt or start is due later. One that is was set before the clock was.
+            latest: No attempt or start is due later. One that was is set to this, because the clock
+                was set back since, or the schedule was made shorter.
 
         Returns:
             The jobs that ended the service too often, still `running`; and how many jobs wait.
@@ -312,7 +313,7 @@ class Journal(Storage):
             return [_job(row) for row in crashed], self.count_waiting()
 
     def advance(self, *, latest: datetime) -> None:
-        """Bring forward what is due later than `latest`: the clock was set back since."""
+        """Bring forward what is due later than `latest`, as after a clock was set back."""
         attempts = """
             UPDATE jobs SET next_attempt_at = :latest
              WHERE next_attempt_at IS NOT NULL AND next_attempt_at > :latest"""
@@ -329,7 +330,7 @@ class Journal(Storage):
         return int(self._read(unfinished)[0][0])
 
     def prune(self, *, before: datetime, received_before: datetime, limit: int) -> int:
-        """Remove at most `limit` jobs that ended, and as many received postbacks, of before.
+        """Remove at most `limit` jobs, and as many received postbacks, that are older than these.
 
         Returns:
             How many rows were removed.
@@ -343,7 +344,7 @@ class Journal(Storage):
             return removed + self.prune_received(before=received_before, limit=limit)
 
     def prune_received(self, *, before: datetime, limit: int) -> int:
-        """Remove at most `limit` received postbacks of before; return how many."""
+        """Remove at most `limit` received postbacks that are older than this; return how many."""
         statement = """
             DELETE FROM received
              WHERE seq IN (SELECT seq FROM received WHERE received_at < :before
@@ -436,7 +437,7 @@ class Journal(Storage):
         return [_job(row) for row in self._read(statement, state=state, limit=limit, end=end)]
 
     def census(self) -> list[tuple[State, int, datetime | None]]:
-        """Return, for each state but `delivered`, how many jobs there are and since when."""
+        """Return, for each state but `delivered`, the number of jobs, and when the oldest came."""
         rows = self._read("SELECT state, jobs, created_at FROM census")
         return [(State(row["state"]), row["jobs"], _instant(row["created_at"])) for row in rows]
 

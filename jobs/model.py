@@ -1,11 +1,13 @@
 """What a job is: its states and the moves between them, its outcome, its id, and its event.
 
-    accepted ──> running ──> delivering ──> delivered
-      ^   │         │          ^   │            │
-      │   │canceled └──────────┼── │ <──────────┤ resent
-      │   └────────────────────┘   │            │
-      └── running                  └──> undelivered
-          (the analysis runs again)
+    from                     to             when
+    accepted                 running        a worker is given its analysis
+    running                  accepted       its analysis is to run again
+    running                  delivering     its analysis has ended
+    accepted, running        delivering     it was canceled
+    delivering               delivered      the receiver has answered 2xx
+    delivering               undelivered    no attempt is left
+    delivered, undelivered   delivering     it was resent
 
 A running job goes back to `accepted` when its analysis is to run again: after a stop of the
 service, after the end of a worker that it shared with others, when it could not begin, when a Dask
@@ -40,7 +42,7 @@ class Outcome(StrEnum):
     FAILED = "failed"  # it raised an exception, or what it returned is not JSON
     TIMED_OUT = "timed_out"  # it took longer than JOB_TIMEOUT
     CANCELED = "canceled"  # a caller canceled it
-    CRASHED = "crashed"  # it ended its worker, or the service five times
+    CRASHED = "crashed"  # it ended its worker, or it ran at five unclean ends of the service
 
 
 class Alone(IntEnum):

@@ -1,11 +1,11 @@
 """What happens between the 200 and the postback: one loop, and a daemon thread for each attempt.
 
-The server's loop, which answers, also calls `Runner.work`. It claims accepted jobs while the
+The server's loop, which answers, also calls `Runner.work`. The loop claims accepted jobs while the
 executor has a free worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an
 analysis ends, the loop stores that, and starts a thread for the job. The thread makes one attempt,
-hands over what came of it, and ends. The loop writes for all threads, so that they share
-commits, and goes on from there: each `write`, `then` and `follow_up` below runs in it. It also
-starts the attempts that are due, times out, and prunes.
+hands over what came of it, and ends. The loop writes for these threads, so that they share commits,
+and goes on from there: each `write`, `then` and `follow_up` below runs in it. The loop also starts
+the attempts that are due, times out, and prunes.
 """
 
 import _thread
@@ -68,7 +68,7 @@ class Run:
     """One job whose analysis, or attempt, is under way. The loop alone changes it.
 
     Attributes:
-        is_posting: Its analysis has ended; until then it holds one of MAX_RUNNING places.
+        is_posting: Its analysis has ended. While it has not, it takes one of MAX_RUNNING places.
         started_at: When its payload went to a worker that was ready; None before.
         times_out_at: By the monotonic clock; infinite before its analysis has begun, and after it.
         progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
@@ -85,7 +85,7 @@ class Runner:
     """Takes accepted jobs to their end.
 
     Once it works, only the loop changes what is kept here, so there is no lock. Other threads may
-    look at it. What they want changed they hand over. Only the start of a drain is noted at once.
+    look at it. What they want changed they hand over. Only a drain is noted at once.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Runner:
         self._clock = clock
         self._writer = Writer(journal, on_write=wake)
         self._wake = wake  # has the loop call `work`
-        self._runs: dict[str, Run] = {}  # a job is in it exactly while somebody works for it
+        self._runs: dict[str, Run] = {}  # jobs of which a worker, a thread or the writer has one
         self._waiting = 0  # accepted jobs that may start
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
@@ -192,7 +192,7 @@ class Runner:
         self._look_for_attempts(0.0)
 
     def resend_undelivered(self, since: datetime) -> int:
-        """Post the events of all undelivered jobs that ended from `since` on; return how many.
+        """Make the events of all undelivered jobs that ended from `since` on due; return how many.
 
         The loop must not call it, because it waits between two batches.
         """
@@ -307,7 +307,7 @@ class Runner:
         self._attempts_at = min(self._attempts_at, time.monotonic() + seconds)
 
     def _tick(self) -> None:
-        """Look once a second at what nobody tells."""
+        """Do once a second what no event announces."""
         self._tick_at = time.monotonic() + TICK_SECONDS
         self._sender.close_idle()
         if self._journal.failure:  # which looks at its files, too
@@ -334,7 +334,8 @@ class Runner:
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
         jobs = [run.job for run in self._runs.values() if not run.is_posting]
-        taken = len(jobs) + len(self._writer.failed)  # these hold memory
+        # Endings that could not be written yet still hold their results in memory.
+        taken = len(jobs) + len(self._writer.failed)
         limit = min(self._config.max_running - taken, self._executor.free(), MAX_STARTS)
         if limit <= 0:
             return
@@ -361,7 +362,7 @@ class Runner:
         self._attempts_at, self._is_crowded = math.inf, False
         now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
-        # What is known of others is of no use any more.
+        # Forget receivers for which no attempt is due, will be, or is under way.
         under_way = {run.job.receiver for run in self._runs.values()}
         self._failing &= under_way.union(receiver for receiver, _ in receivers)
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
@@ -496,11 +497,17 @@ class Runner:
         self._writer.hand_over(write, then)
 
     def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:
-        """Have stored how the analysis ended, and then the first attempt made."""
+        """Store how the analysis ended. Then make the first attempt, unless it has to wait.
+
+        Args:
+            run: The job.
+            given: How it ended.
+            may_fail: If this cannot be stored, store that the job could not be handled.
+        """
         run.times_out_at, ending = math.inf, self._dated(run.job, given)
 
         def write() -> bytes | None:
-            run.is_posting = False  # it is not to count itself
+            run.is_posting = False  # so that `_room` does not count it
             is_late = self._held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
             run.is_posting = True  # its place is free
             due_at = ending.finished_at if is_late else None
@@ -573,7 +580,8 @@ class Runner:
             log.error("attempt not recorded", exc_info=state, extra=job.facts)
             return
         if attempt.hold_seconds:
-            self._held[job.receiver] = time.monotonic() + attempt.hold_seconds
+            until = time.monotonic() + attempt.hold_seconds
+            self._held[job.receiver] = max(until, self._held.get(job.receiver, 0.0))
         (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:

@@ -37,7 +37,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", 
 #: The job for which this thread works. asyncio hands it on to tasks and to `to_thread`.
 job_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("job_id", default=None)
 
+_OURS = (__file__, importlib.__file__, "<frozen ")
 _LIBRARY = f"{Path(os.__file__).parent}/"
 _NOTHING: Any = object()  # None is a value that can be kept
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -315,7 +316,7 @@ def _places(exc: BaseException) -> list[str]:
     places, causes = list[str](), [exc]
     for cause in causes:
         for frame, number in traceback.walk_tb(cause.__traceback__):
-            if not (code := frame.f_code).co_filename.startswith((__file__, "<frozen ")):
+            if not (code := frame.f_code).co_filename.startswith(_OURS):
                 places.append(_clean(f"{code.co_filename}:{number} {code.co_name}", 500))
         inner = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         if inner and inner not in causes:
@@ -585,7 +586,8 @@ def _analyze(path: str) -> None:
     _log_plainly("info")
     facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
     try:
-        value = call(analyze, payload["data"], Job(_draw, **facts))
+        with redirect_stdout(sys.stderr):  # the result alone is printed to the standard output
+            value = call(analyze, payload["data"], Job(_draw, **facts))
     except SystemExit as exc:
         sys.exit(f"The analysis called sys.exit({exc.code!r}), with which a job fails.")
     finally:

@@ -74,7 +74,7 @@ _DETAILS = {
     404: "There is nothing at this path. The routes of the service are in GET /openapi.json. "
     "Postbacks are received at /postprocessed.",
     405: "This path does not allow this method; the header Allow lists the methods it allows.",
-    413: "The body is far too large; send less. For POST /process the limit is MAX_BODY.",
+    413: "The body is far too large. For POST /process the limit is MAX_BODY, by default 1 MiB.",
     431: "The headers are too large; send at most 32 KiB.",
     500: "The service failed; its log says why.",
 }

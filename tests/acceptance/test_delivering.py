@@ -120,23 +120,30 @@ def test_a_slow_receiver_does_not_hold_up_another_one_or_the_analyses(start_proc
 
 
 def test_a_receiver_can_hold_off_all_attempts_for_a_while(start_process, receiver):
-    receiver.answers = [reply(503, headers={"Retry-After": "2"})]
+    """Of two pauses that it asks for, the one that ends later counts."""
+    released = threading.Event()
+    short, long = (reply(503, headers={"Retry-After": text}) for text in ("1", "2"))
+    receiver.answers = [lambda *args: short(*args) if released.wait(10) else None, long]
     with Receiver() as other:
         service = start_process(
             POSTBACK_ALLOW=f"{receiver.origin} {other.origin}", POSTBACK_SCHEDULE="10ms"
         )
-        first = service.send(1, receiver)
-        poll(lambda: service.job(first)["attempts"], "an attempt that is held off")
+        first = [service.send(0, receiver)]
+        receiver.wait_for(1)
+        first.append(service.send(1, receiver))
+        poll(lambda: service.job(first[1])["attempts"], "an attempt that is held off")
+        released.set()
+        poll(lambda: service.job(first[0])["attempts"], "another one")
         later = [service.send(number, receiver) for number in (2, 3)]
 
         elsewhere = service.wait_for(service.send(4, other))
 
         assert elsewhere["state"] == "delivered"
-        assert len(receiver.requests) == 1
-        jobs = service.wait_for_all([first, *later])
-        assert [job["attempts_made"] for job in jobs] == [2, 1, 1]
+        assert len(receiver.requests) == 2
+        jobs = service.wait_for_all([*first, *later])
+        assert [job["attempts_made"] for job in jobs] == [2, 2, 1, 1]
         times = [one.received_at for one in receiver.requests]
-        assert times[1] - times[0] >= 1.9
+        assert times[2] - times[1] >= 1.9
 
 
 def test_why_an_attempt_failed_is_told_with_what_the_receiver_answered(service, mailbox):

@@ -320,8 +320,8 @@ def test_any_other_failure_of_pip_is_shown_and_the_next_run_tries_again(prepared
         ("demo", "-m web.demo"),
         ("receiver --port 0", "-m web.receiver --port 0"),
         ("secret https://example.com", "-m web.signatures https://example.com"),
-        ("analyze -", "-P jobs/worker.py analyze -"),
-        ("analyze /tmp/a.json", "-P jobs/worker.py analyze /tmp/a.json"),
+        ("analyze -", "-P -X faulthandler jobs/worker.py analyze -"),
+        ("analyze /tmp/a.json", "-P -X faulthandler jobs/worker.py analyze /tmp/a.json"),
         ("test -k a", "-m pytest -k a"),
         ("soak 60", "-m tests.soak.kills 60"),
         ("fuzz", "-m tests.soak.fuzz"),
@@ -342,7 +342,10 @@ def test_it_works_from_anywhere_and_a_payload_is_found_where_the_user_stands(pre
 
     prepared.run("analyze", "my payload.json", script=link, cwd=tmp_path)
 
-    assert prepared.calls()[-1] == f"-P jobs/worker.py analyze {tmp_path}/my payload.json"
+    assert (
+        prepared.calls()[-1]
+        == f"-P -X faulthandler jobs/worker.py analyze {tmp_path}/my payload.json"
+    )
 
 
 def test_check_stops_at_the_first_failure(prepared):
