@@ -102,7 +102,8 @@ class Storage:
         self._inodes: list[tuple[int, int]] = []  # of the open files
         self._failure: JournalError | None = None
         self._loss: JournalLost | None = None
-        self._readers: list[sqlite3.Connection] = []  # those that no thread uses
+        # By thread. One that is in use is not in it, so that nobody else closes it.
+        self._readers: dict[int, sqlite3.Connection] = {}
 
     def open(self) -> None:
         """Lock the file, open it, check it, and create the tables in a new one.
@@ -131,9 +132,7 @@ class Storage:
         with self._lock:
             self._inodes = []  # SQLite removes its own files now
             connection, self._connection = self._connection, None
-            while self._readers:
-                self._readers.pop().close()
-            for opened in (connection, self._lock_file):
+            for opened in (*self._readers.values(), connection, self._lock_file):
                 if opened:
                     opened.close()
 
@@ -194,27 +193,16 @@ class Storage:
         return self._execute(statement, values)[0]
 
     def _read(self, statement: str, **values: Any) -> list[sqlite3.Row]:
-        """Return rows by a connection of our own: it waits for no commit, and holds none up."""
+        """Return rows by a connection of this thread: it waits for no commit, and delays none."""
         self._usable()
+        thread = threading.get_ident()
         try:
-            with self._reader() as reader:
-                return reader.execute(statement, values).fetchall()
+            reader = self._readers.pop(thread, None) or _connect(f"{self._path.as_uri()}?mode=ro")
+            rows = reader.execute(statement, values).fetchall()
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
-
-    @contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
-        try:
-            reader = self._readers.pop()
-        except IndexError:  # other threads use them all
-            reader = _connect(f"{self._path.as_uri()}?mode=ro")
-        try:
-            yield reader
-        finally:
-            if self._connection:
-                self._readers.append(reader)
-            else:
-                reader.close()
+        self._readers[thread] = reader
+        return rows
 
     def _execute(self, statement: str, values: Mapping[str, Any]) -> tuple[list[sqlite3.Row], int]:
         transaction = self._transaction

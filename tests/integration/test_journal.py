@@ -396,7 +396,7 @@ def steps_of(one: Journal, operation: Step) -> int:
     """Return how many instructions SQLite takes for an operation."""
     steps: list[int] = []
     one.count_unfinished()  # so that there is a reader
-    for connection in (one._connection, *one._readers):
+    for connection in (one._connection, *one._readers.values()):
         connection.set_progress_handler(lambda: steps.append(1), 1)
     operation(one)
     return len(steps)

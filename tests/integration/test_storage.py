@@ -319,7 +319,7 @@ def test_after_a_fault_of_the_disk_the_journal_is_lost_for_good(opened, caplog, 
 
 def test_a_read_can_find_that_the_journal_is_lost(opened):
     opened.notes()
-    opened._readers[0].fail("SQLITE_CORRUPT", 1)
+    next(iter(opened._readers.values())).fail("SQLITE_CORRUPT", 1)
 
     failures = refused(opened.notes), refused(partial(opened.note, "a"))
 
