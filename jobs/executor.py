@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: A result of more bytes is large. So many large ones are read, or wait to be stored, at once.
-LARGE_BYTES, MAX_LARGE = 1024**2, 2
+#: So many large results are read, or wait to be stored, at once.
+MAX_LARGE = 2
 
 #: When nothing of a large result that is read comes for so long, its worker is killed.
 SILENCE_SECONDS = 60.0
 
-#: Bytes of a result that are read at once.
-READ_BYTES, READ_LARGE_BYTES = 64 * 1024, 1024**2
+#: Bytes of a result that are read at once. For more, malloc() would take much longer.
+READ_BYTES = 64 * 1024
 
 #: Connections that are read in one turn of the loop, and jobs in one worker that have not begun.
 MAX_TURN = 64
@@ -159,7 +159,7 @@ class Executor:
     Attributes:
         on_news: Is called by other threads when there is something for `listen`.
         selector: Can be read when a worker has sent something.
-        held: The jobs whose large results are held in memory. Whoever stores one takes it out.
+        held: The jobs whose large results are read or held. Whoever stores one takes it out.
     """
 
     def __init__(self) -> None:
@@ -197,8 +197,7 @@ class WorkerExecutor(Executor):
         self._count = workers or 1
         self._slots = 1 if workers else sys.maxsize
         self._runs: dict[str, _Run] = {}
-        self._large: set[_Run] = set()  # their results are being read
-        self._waiting: deque[_Run] = deque()  # theirs are not, because those are
+        self._waiting: deque[_Run] = deque()  # their large results wait in their workers
         self._workers: list[_Worker] = []
         self._refusal: str | None = None  # why the analysis could not be loaded last
         self._retry_seconds, self._retry_at = RETRY_SECONDS / 2, 0.0  # it is doubled first
@@ -261,6 +260,7 @@ class WorkerExecutor(Executor):
         if run := self._runs.get(job_id):
             run.is_stopped = True
             self._leave(run)
+            self.held.discard(job_id)
             self._replace(run)
 
     def listen(self) -> None:
@@ -272,11 +272,15 @@ class WorkerExecutor(Executor):
             if events & selectors.EVENT_READ:
                 self._hear(key.data)
         silent_since = time.monotonic() - SILENCE_SECONDS
-        for run in self._large:
-            if run.heard_at < silent_since:
-                run.worker.kill()  # the rest follows at its end
-        while self._waiting and len(self._large) + len(self.held) < MAX_LARGE:
-            self._resume(self._waiting.popleft())
+        for job_id in self._runs.keys() & self.held:
+            if self._runs[job_id].heard_at < silent_since:
+                self._runs[job_id].worker.kill()  # the rest follows at its end
+        while self._waiting and len(self.held) < MAX_LARGE:
+            run = self._waiting.popleft()
+            if run.connection:
+                self.held.add(run.job.id)
+                run.heard_at = time.monotonic()
+                self._answer(run, "")
         self._keep_up()
 
     def drain(self) -> None:
@@ -324,10 +328,10 @@ class WorkerExecutor(Executor):
 
     def _hear(self, run: _Run) -> bool:
         """Read what a worker has sent once, and return whether there may be more."""
-        if not run.connection or run in self._waiting:  # `_bury` asks for those, too
+        if not run.connection:  # it ended in this very turn
             return False
         try:
-            data = run.connection.recv(READ_LARGE_BYTES if run in self._large else READ_BYTES)
+            data = run.connection.recv(READ_BYTES)
         except BlockingIOError:
             return False
         except OSError:
@@ -353,17 +357,16 @@ class WorkerExecutor(Executor):
             del data[: len(worker.START)]
         while run.connection and len(data) >= size:
             kind, length = worker.FRAME.unpack_from(data)
-            if kind == worker.RESULT and length > LARGE_BYTES and not self._may_read(run):
-                return
             if len(data) < size + length:
                 return
             payload = bytes(memoryview(data)[size : size + length])
             del data[: size + length]
             if kind == worker.PROGRESS:
                 self._report(run, *json.loads(payload))
+            elif kind == worker.LARGE:
+                run.listener.returned()
+                self._waiting.append(run)
             else:
-                if length > LARGE_BYTES:
-                    self.held.add(run.job.id)
                 self._finish(run, ending_of(kind, payload))
 
     def _report(self, run: _Run, fraction: float, note: str, kept: str | None) -> None:
@@ -373,36 +376,20 @@ class WorkerExecutor(Executor):
             run.listener.kept(kept, functools.partial(self._answer, run))
 
     def _answer(self, run: _Run, problem: str) -> None:
-        """Tell an analysis that a value is kept, or why it is not. It waits for that."""
+        """Tell a worker that a value is kept, or why it is not. It waits for that."""
         with suppress(OSError):  # there is room, since it waits for nothing else
             if run.connection:
                 worker.send(run.connection, worker.KEPT, problem.encode())
-
-    def _may_read(self, run: _Run) -> bool:
-        """Return whether a large result may be read now. If not, it waits until another was."""
-        if run not in self._large:
-            run.listener.returned()
-            if run.connection and len(self._large) + len(self.held) >= MAX_LARGE:
-                self.selector.unregister(run.connection)
-                self._waiting.append(run)
-                return False
-            self._large.add(run)
-        return True
 
     def _put_back(self) -> None:
         """Give up, in a drain, the jobs that wait for a worker of their own."""
         for run in [run for run in self._runs.values() if not run.connection]:
             self._finish(run, model.Again())
 
-    def _resume(self, run: _Run) -> None:
-        """Read a large result that had to wait."""
-        if run.connection:
-            self.selector.register(run.connection, selectors.EVENT_READ, run)
-            self._go_on(run)
-
     def _lose(self, run: _Run) -> None:
         """Follow up on a connection that ended before the analysis did."""
         self._hang_up(run)
+        self.held.discard(run.job.id)
         if run.has_begun:  # if its worker has not ended, the analysis has closed the connection
             run.worker.kill()  # the rest follows at its end
         else:  # if its worker has not ended, it has no descriptor or no thread left
@@ -410,10 +397,8 @@ class WorkerExecutor(Executor):
             self._finish(run, NOT_BEGUN)
 
     def _hang_up(self, run: _Run) -> None:
-        self._large.discard(run)
         if run.connection:
-            with suppress(KeyError):  # it waits until it may be read
-                self.selector.unregister(run.connection)
+            self.selector.unregister(run.connection)
             run.connection.close()
             run.connection = None
         run.received, run.unsent = bytearray(), NOTHING  # a stopped run stays for long
