@@ -9,10 +9,8 @@ import hashlib
 import logging
 import secrets
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +105,7 @@ class DaskExecutor(Executor):
             listener.ended(self._explain(exc, client))
             return
         run = self._runs[job.id] = _Run(job.id, listener, future)
-        future.add_done_callback(lambda _: self._start_to_gather(run))
+        client.loop.add_callback(self._gather, run)
 
     def stop(self, job_id: str) -> None:
         """Give up a job. A Dask worker that has begun it goes on in vain."""
@@ -156,17 +154,10 @@ class DaskExecutor(Executor):
         if isinstance(event[1], dict) and event[1].get("action") == "remove-worker":
             self._tell(self._lose, set(event[1]["processing-tasks"]))
 
-    def _start_to_gather(self, run: _Run) -> None:
-        """Gather a result in a thread of its own, since Dask has one for all callbacks."""
-        try:
-            threading.Thread(target=self._gather, args=(run,), name="dask", daemon=True).start()
-        except (RuntimeError, MemoryError):  # there are too many threads
-            self._gather(run)
-
-    def _gather(self, run: _Run) -> None:
+    async def _gather(self, run: _Run) -> None:
         ending: model.Ending | model.Again
         try:
-            ending = ending_of(*run.future.result())
+            ending = ending_of(*await run.future)
         except self._distributed.KilledWorker as exc:
             text = f"The analysis ended its Dask workers: {exc}"
             ending = model.without_result(model.Outcome.CRASHED, text)
@@ -188,37 +179,29 @@ class DaskExecutor(Executor):
         runner = self._distributed.utils.LoopRunner()
         runner.start()
         while not self._closed.is_set():
+            client: Any = None
             try:
-                with self._connection(runner.loop) as client:
-                    self._note(client, None)
-                    while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
-                        has_workers = client.scheduler_info()["workers"]
-                        self._failure = None if has_workers else f"{self._url} has no worker."
-                    raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
+                options = {"timeout": CONNECT_SECONDS, "set_as_default": False, "name": "postback"}
+                client = self._distributed.Client(self._url, loop=runner.loop, **options)
+                self._upload(client)
+                client.subscribe_topic(self._topic, self._hear)
+                client.subscribe_topic("all", self._hear_of_workers)  # all that the scheduler tells
+                # It must not connect again by itself: a new scheduler knows neither files nor us.
+                client._timeout = 0  # noqa: SLF001 - there is no other way
+                self._note(client, None)
+                while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
+                    has_workers = client.scheduler_info()["workers"]
+                    self._failure = None if has_workers else f"{self._url} has no worker."
+                raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away
                 text = f"The Dask cluster at {self._url} cannot be used: {str(exc).rstrip('.')}."
                 if isinstance(exc, ModuleNotFoundError):
                     text += " Install it on each Dask worker."
                 self._note(None, text)
+            with suppress(Exception):  # there is none, or it may be lost
+                client.close(timeout=CLOSE_SECONDS)
             self._closed.wait(RETRY_SECONDS)
         runner.stop()
-
-    @contextmanager
-    def _connection(self, loop: Any) -> Iterator[Any]:
-        """Have a client whose workers, also later ones, have what the analysis needs."""
-        client = self._distributed.Client(
-            self._url, timeout=CONNECT_SECONDS, set_as_default=False, name="postback", loop=loop
-        )
-        try:
-            self._upload(client)
-            client.subscribe_topic(self._topic, self._hear)
-            client.subscribe_topic("all", self._hear_of_workers)  # all that the scheduler tells
-            # It must not connect again by itself: a new scheduler knows neither the files nor us.
-            client._timeout = 0  # noqa: SLF001 - there is no other way
-            yield client
-        finally:
-            with suppress(Exception):  # it may be lost
-                client.close(timeout=CLOSE_SECONDS)
 
     def _upload(self, client: Any) -> None:
         """Give our own module to all workers, under a name that no other version of it has."""
@@ -227,13 +210,13 @@ class DaskExecutor(Executor):
         # Functions are sent as the name of their module and their own.
         sys.modules[name], worker.analyze_on_dask.__module__ = worker, name
         plugins = self._distributed.diagnostics.plugin
-        with tempfile.TemporaryDirectory() as directory:
-            ours = Path(directory, f"{name}.py")
-            ours.write_bytes(text)
-            uploads = [plugins.SchedulerUploadFile(str(ours))]  # it reads what it hands on
-            uploads += [plugins.UploadFile(str(path)) for path in (ours, *self._upload_paths)]
-            for one in uploads:  # one that was given before under this name is replaced
-                client.register_plugin(one, name=f"postback-{Path(one.filename).name}")
+        kinds = plugins.SchedulerUploadFile, plugins.UploadFile  # it reads what it hands on
+        ours = [kind(worker.__file__) for kind in kinds]
+        for one in ours:
+            one.filename = f"{name}.py"
+        for one in (*ours, *(plugins.UploadFile(str(path)) for path in self._upload_paths)):
+            # One that was given before under this name is replaced.
+            client.register_plugin(one, name=f"postback-{one.filename}")
 
     def _note(self, client: Any, failure: str | None) -> None:
         """Note a change, and log it if it is one."""

@@ -398,7 +398,8 @@ class WorkerExecutor(Executor):
 
     def _hang_up(self, run: _Run) -> None:
         if run.connection:
-            self.selector.unregister(run.connection)
+            with suppress(KeyError):  # the system had no room to register it
+                self.selector.unregister(run.connection)
             run.connection.close()
             run.connection = None
         run.received, run.unsent = bytearray(), NOTHING  # a stopped run stays for long
