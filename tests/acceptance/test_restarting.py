@@ -114,19 +114,6 @@ def test_a_job_runs_alone_from_its_third_kill_and_is_crashed_after_the_fifth(sta
     assert service.wait_for(service.send(1))["outcome"] == "succeeded"
 
 
-def test_a_kept_value_wipes_the_count(start_process, tmp_path):
-    service = start_process()
-    steps = tmp_path / "steps"
-    job_id = service.send(act("count", [9, str(steps)]))
-    poll(lambda: steps.exists() and len(steps.read_text().split()) > 1, "two steps")
-
-    service.kill()
-    service.start()
-
-    job = service.wait_for(job_id)
-    assert (job["outcome"], job["starts"], job["interrupted"]) == ("succeeded", 2, 0)
-
-
 def test_a_kill_during_a_planned_stop_is_held_against_nobody(start_process, gate):
     service = start_process(DRAIN="1h")
     job_id = service.send(gate.data)
