@@ -36,8 +36,8 @@ MAX_LARGE = 2
 #: When nothing of a large result that is read comes for so long, its worker is killed.
 SILENCE_SECONDS = 60.0
 
-#: Bytes of a result that are read at once. For more, malloc() would take much longer.
-READ_BYTES = 64 * 1024
+#: Bytes that are read from a worker at once, and of a large result.
+READ_BYTES, READ_LARGE_BYTES = 64 * 1024, 1024**2
 
 #: Connections that are read in one turn of the loop, and jobs in one worker that have not begun.
 MAX_TURN = 64
@@ -331,7 +331,8 @@ class WorkerExecutor(Executor):
         if not run.connection:  # it ended in this very turn
             return False
         try:
-            data = run.connection.recv(READ_BYTES)
+            is_large = run.job.id in self.held
+            data = run.connection.recv(READ_LARGE_BYTES if is_large else READ_BYTES)
         except BlockingIOError:
             return False
         except OSError:
@@ -523,7 +524,7 @@ class WorkerExecutor(Executor):
                 stdout=2,
                 stderr=2,  # also when it is the null device, which is not inherited by itself
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is not for it
+                process_group=0,  # a terminal's Ctrl-C is not for it
             )
         with process, control.makefile("rb") as lines:
             one.pid = process.pid

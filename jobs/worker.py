@@ -74,6 +74,9 @@ MAX_DEPTH = 128
 #: How many points a worker is above the service when the kernel chooses what to kill for memory.
 OOM_POINTS = 500
 
+#: How much a worker gives way to the service, which has to answer while analyses compute.
+NICE = 2
+
 #: What to write in place of a type, or of one that is based on it. The first that fits counts.
 HINTS: Mapping[str, str] = {
     "bool(...)": "numpy.bool numpy.bool_",
@@ -560,6 +563,7 @@ def _main(descriptor: str, log_level: str, name: str) -> None:
     control.set_inheritable(False)
     os.register_at_fork(after_in_child=control.close)  # or a child would hide the end of this one
     _end_with_service(os.dup(0))
+    os.nice(NICE)
     _leave_nothing_inherited()
     _find_modules()
     _add_job_ids()
