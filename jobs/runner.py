@@ -109,7 +109,7 @@ class Runner:
         self._clock = clock
         self._writer = Writer(journal, on_write=wake)
         self._wake = wake  # has the loop call `work`
-        self._runs: dict[str, Run] = {}  # jobs of which a worker, a thread or the writer has one
+        self._runs: dict[str, Run] = {}  # a job while a worker, a thread or the writer has it
         self._waiting = 0  # accepted jobs that may start
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock

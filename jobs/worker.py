@@ -327,7 +327,7 @@ def _places(exc: BaseException) -> list[str]:
             if not (code := frame.f_code).co_filename.startswith(_OURS):
                 places.append(_clean(f"{code.co_filename}:{number} {code.co_name}", 500))
         inner = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-        if inner and inner not in causes:
+        if inner is not None and len(causes) < MAX_FRAMES:  # there may be a circle
             causes.append(inner)
     own = [one for one in places if not one.startswith(_LIBRARY) and "-packages/" not in one]
     return own or places[-1:]
