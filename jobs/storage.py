@@ -196,13 +196,15 @@ class Storage:
         """Return rows by a connection of this thread: it waits for no commit, and delays none."""
         self._usable()
         thread = threading.get_ident()
+        reader = self._readers.pop(thread, None)
         try:
-            reader = self._readers.pop(thread, None) or _connect(f"{self._path.as_uri()}?mode=ro")
-            rows = reader.execute(statement, values).fetchall()
+            reader = reader or _connect(f"{self._path.as_uri()}?mode=ro")
+            return reader.execute(statement, values).fetchall()
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
-        self._readers[thread] = reader
-        return rows
+        finally:
+            if reader:
+                self._readers[thread] = reader
 
     def _execute(self, statement: str, values: Mapping[str, Any]) -> tuple[list[sqlite3.Row], int]:
         transaction = self._transaction
