@@ -210,8 +210,8 @@ class DaskExecutor(Executor):
         # Functions are sent as the name of their module and their own.
         sys.modules[name], worker.analyze_on_dask.__module__ = worker, name
         plugins = self._distributed.diagnostics.plugin
-        kinds = plugins.SchedulerUploadFile, plugins.UploadFile  # it reads what it hands on
-        ours = [kind(worker.__file__) for kind in kinds]
+        # The scheduler has it as well, because it reads what it hands on.
+        ours = [plugins.SchedulerUploadFile(worker.__file__), plugins.UploadFile(worker.__file__)]
         for one in ours:
             one.filename = f"{name}.py"
         for one in (*ours, *(plugins.UploadFile(str(path)) for path in self._upload_paths)):

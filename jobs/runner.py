@@ -1,4 +1,4 @@
-"""What happens between the 200 and the postback: one loop, and a daemon thread for each attempt.
+"""What happens between the 200 and the postback: one loop, and a thread for each attempt.
 
 The server's loop, which answers, also calls `Runner.work`. The loop claims accepted jobs while the
 executor has a free worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an

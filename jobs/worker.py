@@ -161,13 +161,15 @@ class Job:
             keep: A JSON value of at most 1 MiB. It replaces what was kept before.
 
         Raises:
-            TypeError: The fraction is not a number.
-            ValueError: It is not from 0 to 1, or `keep` is not JSON or too large.
+            ValueError: `fraction` is not a number from 0 to 1, or `keep` is not JSON or too large.
             RuntimeError: The value could not be kept.
         """
         kept = None if keep is _NOTHING else _checked_kept(keep)
-        if not 0 <= fraction < 1.000001:  # a sum of tenths may be a little more than 1
-            raise ValueError(f"fraction must be a number from 0 to 1, but it is {fraction}")
+        is_fit = False
+        with suppress(TypeError):  # it is not a number
+            is_fit = 0 <= fraction < 1.000001  # a sum of tenths may be a little more than 1
+        if not is_fit:
+            raise ValueError(f"fraction must be a number from 0 to 1, but it is {fraction!r}")
         fraction = min(round(float(fraction), 6), 1.0)
         if os.getpid() != self._pid:
             raise RuntimeError("job.progress works only in the process that runs the analysis")
@@ -310,16 +312,17 @@ def _import(module_name: str) -> Any:
         if not missing or "." in missing:
             where = "".join(f" ({place})" for place in _places(exc)[-1:])
             raise LoadError(f"importing it raised {type(exc).__name__}: {exc}{where}") from exc
-        line = f"add a line `{PACKAGES.get(missing, missing)}` to requirements-local.txt"
+        name = PACKAGES.get(missing, missing)
+        line = f"add a line `{name}` to requirements-local.txt, or the package that brings it"
         own = f"if {missing}.py is your own file, put it beside app.py"
-        text = f"it imports {missing!r}, which is not installed: {line} (or what brings it); {own}"
+        text = f"it imports {missing!r}, which is not installed: {line}; {own}"
         raise LoadError(text) from None
 
 
 def _places(exc: BaseException) -> list[str]:
     """Return where something was raised, and then where its cause was, the innermost place last.
 
-    Places in libraries are left out, unless there is no other, and those in this file always.
+    Places in this file are left out, and places in libraries unless there is no other.
     """
     places, causes = list[str](), [exc]
     for cause in causes:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs import errors, executor, model
+from jobs import errors, executor, model, worker
 from jobs.executor import Listener, WorkerExecutor
 from tests.harness import act, poll
 
@@ -273,6 +273,13 @@ def test_a_stop_of_a_job_whose_worker_has_just_ended_starts_no_second_one(start,
     assert [call.wait() for call in calls] == [None, model.Again(is_alone=True)]
     assert Call(one, "echo", 1).result() == 1
     assert [thread.name for thread in threading.enumerate()].count("worker") == 1
+
+
+def test_a_worker_gives_way_to_the_service_in_a_group_of_its_own(start):
+    [pid] = [one.pid for one in start()._workers]
+
+    assert (os.getsid(pid), os.getpgid(pid)) == (os.getsid(0), pid)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + worker.NICE
 
 
 # Stopped jobs
