@@ -105,7 +105,7 @@ PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", 
 job_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("job_id", default=None)
 
 _OURS = (__file__, importlib.__file__, "<frozen ")
-_LIBRARY = f"{Path(os.__file__).parent}/"
+_LIBRARY = re.compile(f"{re.escape(str(Path(os.__file__).parent))}/|.*-packages/")
 _NOTHING: Any = object()  # None is a value that can be kept
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -332,7 +332,8 @@ def _places(exc: BaseException) -> list[str]:
         inner = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         if inner is not None and len(causes) < MAX_FRAMES:  # there may be a circle
             causes.append(inner)
-    own = [one for one in places if not one.startswith(_LIBRARY) and "-packages/" not in one]
+    # Compiled libraries name their files relative to their own folder.
+    own = [one for one in places if one.startswith("/") and not _LIBRARY.match(one)]
     return own or places[-1:]
 
 
