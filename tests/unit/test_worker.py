@@ -268,7 +268,7 @@ def test_of_a_failure_the_places_in_the_users_code_are_told(job):
 
     def fail_for_a_reason(data, job):
         try:
-            exec(compile("json.loads('{')", "compiled/inner.pyx", "exec"))
+            exec(compile("json.loads('{')", "tests/compiled.pyx", "exec"))
         except ValueError as exc:
             raise OSError("no file") from exc
 
