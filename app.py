@@ -288,11 +288,12 @@ class Service:
         self.base_url = config.public_url or own_url
         self.postback_url = config.postback_url or f"{own_url}/postprocessed"
         own_origins = frozenset(outbound.parts(url).origin for url in (self.base_url, own_url))
+        sender = postback.Sender(config, url=self.postback_url, own_origins=own_origins)
         self.runner = Runner(
             config=config,
             journal=self.journal,
             executor=self._executor,
-            sender=postback.Sender(config, url=self.postback_url, own_origins=own_origins),
+            sender=sender,
             metrics=self.metrics,
             job_url=lambda job_id: f"{self.base_url}/jobs/{job_id}",
             wake=self.server.wake,
@@ -305,7 +306,7 @@ class Service:
             lambda: self.journal.transaction(durable=True),
             self.runner.work,
             self.metrics.answered,
-            watched=self._executor.selector.fileno(),
+            watched=[one.selector.fileno() for one in (self._executor, sender.transport)],
         )
         gc.freeze()  # what is there now stays: the collector need not look at it again
 

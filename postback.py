@@ -7,7 +7,7 @@ be reached, and sends the request.
 import http.client
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -53,7 +53,7 @@ def seconds_until_next(
 
 
 class Sender:
-    """Makes attempts, from any number of threads.
+    """Makes attempts, many at once, for the loop.
 
     Args:
         config: What it says about postbacks.
@@ -79,52 +79,55 @@ class Sender:
         self._clock = clock
         self._random = random
         ca_path = str(config.postback_ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH)
-        # Two, because a kept connection to a private address must not serve a URL that only `*`
-        # allows.
-        self._adapters = {
-            public_only: outbound.CurlAdapter(ca_path=ca_path, public_only=public_only)
-            for public_only in (False, True)
-        }
+        self.transport = outbound.Transport(ca_path=ca_path)
         longest_seconds = max(config.postback_schedule_seconds, default=0.0) * (1 + JITTER)
         #: No attempt is due later than this after another.
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
 
-    def attempt(self, job: model.Job, event: bytes) -> model.Attempt:
-        """Send an event once and return how that went. Nothing is raised, whatever happens.
+    def attempt(self, job: model.Job, event: bytes, then: Callable[[model.Attempt], None]) -> None:
+        """Begin to send an event once.
 
         Args:
             job: Its id is the webhook-id, the same for each attempt.
             event: Is sent byte for byte.
+            then: Is told how that went, whatever happens, now or by `transport.work`.
         """
-        attempted_at, started = self._clock(), time.monotonic()
-        answer, is_public_only = None, False
+        attempted_at, started, is_public_only = self._clock(), time.monotonic(), False
+
+        def end(answer: requests.Response | Exception) -> None:
+            status_code, error = None, None
+            if isinstance(answer, Exception):
+                error = _reason(answer)
+            else:
+                status_code, error = answer.status_code, _fault(answer.status_code)
+            attempt = model.Attempt(
+                number=job.attempts + 1,
+                attempted_at=attempted_at,
+                duration_seconds=time.monotonic() - started,
+                status_code=status_code,
+                error=error,
+                **self._follows(job, answer, show=not is_public_only) if error else {},
+            )
+            then(attempt)
+
         try:
             url, policy = job.postback_url, self._config.postback_allow
             is_public_only = url is not None and policy.check(url)
             is_trusted = not is_public_only
             request = self._request(job, event, timestamp=attempted_at, is_trusted=is_trusted)
+            timeout = self._config.postback_timeout_seconds
             # Not with a Session: it adds cookies and .netrc, and doubles the cost.
-            answer = self._adapters[is_public_only].send(
-                request, timeout=self._config.postback_timeout_seconds
-            )
-            error = _fault(answer.status_code)
+            self.transport.send(request, end, timeout=timeout, public_only=is_public_only)
         except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
-            error = _reason(exc)
-        return model.Attempt(
-            number=job.attempts + 1,
-            attempted_at=attempted_at,
-            duration_seconds=time.monotonic() - started,
-            status_code=None if answer is None else answer.status_code,
-            error=error,
-            **self._follows(job, answer, show=not is_public_only) if error is not None else {},
-        )
+            end(exc)
 
     def _follows(
-        self, job: model.Job, answer: requests.Response | None, *, show: bool
+        self, job: model.Job, answer: requests.Response | Exception, *, show: bool
     ) -> dict[str, Any]:
         """Return what follows from a failed attempt: the fields of Attempt that say so."""
-        headers: Mapping[str, str] = {} if answer is None else answer.headers
-        status_code = None if answer is None else answer.status_code
+        if isinstance(answer, Exception):
+            answer, show = requests.Response(), False  # an empty one
+        headers, status_code = answer.headers, answer.status_code
         # The transport has made a number of it.
         asked_seconds = min(float(headers.get("retry-after", 0)), MAX_RETRY_AFTER_SECONDS)
         is_final = status_code == 410 or headers.get("webhook-delivery") == "abort-message"
@@ -134,17 +137,12 @@ class Sender:
             retry_after_seconds=asked_seconds,
             random=self._random,
         )
-        body = b"" if answer is None or not show else answer.content
+        body = answer.content if show else b""
         return {
             "answer": body.decode(errors="replace")[:MAX_ANSWER] or None,
             "seconds_until_next": None if is_final else until_next,
             "hold_seconds": asked_seconds if status_code in {429, 503} else 0.0,
         }
-
-    def close_idle(self, seconds: float = outbound.CLOSE_IDLE_SECONDS) -> None:
-        """Close the connections that no attempt has used for so long. Call it once a second."""
-        for adapter in self._adapters.values():
-            adapter.close_idle(seconds)
 
     def _request(
         self, job: model.Job, event: bytes, *, timestamp: datetime, is_trusted: bool

@@ -1,14 +1,13 @@
-"""What happens between the 200 and the postback: one loop, and a thread for each attempt.
+"""What happens between the 200 and the postback, in the loop that answers.
 
-The server's loop, which answers, also calls `Runner.work`. The loop claims accepted jobs while the
-executor has a free worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an
-analysis ends, the loop stores that, and starts a thread for the job. The thread makes one attempt,
-hands over what came of it, and ends. The loop writes for these threads, so that they share commits,
-and goes on from there: each `write`, `then` and `follow_up` below runs in it. The loop also starts
-the attempts that are due, times out, and prunes.
+The server's loop also calls `Runner.work`. It claims accepted jobs while the executor has a free
+worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an analysis ends, the
+loop stores that, and begins an attempt, of which it later stores what came. What is to be written
+is handed to the writer, so that it shares commits: each `write`, `then` and `follow_up` below is
+called by it. The loop also begins the attempts that are due, times out, and prunes. It never waits
+for a worker or a receiver.
 """
 
-import _thread
 import contextlib
 import functools
 import logging
@@ -39,7 +38,7 @@ MAX_PER_FAILING_RECEIVER = 4
 #: Jobs at once that run alone because they shared a worker that died.
 MAX_ALONE = 4
 
-#: Seconds until something is tried again that failed: a write, or a thread that did not start.
+#: Seconds until something is tried again that failed: a write, or an attempt that could not begin.
 RETRY_SECONDS = 1.0
 
 #: The loop looks at the journal and at idle connections at least once in so many seconds.
@@ -107,9 +106,9 @@ class Runner:
         self._metrics = metrics
         self._job_url = job_url
         self._clock = clock
-        self._writer = Writer(journal, on_write=wake)
+        self._writer = Writer(journal)
         self._wake = wake  # has the loop call `work`
-        self._runs: dict[str, Run] = {}  # a job while a worker, a thread or the writer has it
+        self._runs: dict[str, Run] = {}  # a job while a worker, an attempt or the writer has it
         self._waiting = 0  # accepted jobs that may start
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
@@ -200,6 +199,7 @@ class Runner:
         while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
             resent += count
             self._writer.hand_over(lambda: None, lambda _: self._look_for_attempts(0.0))
+            self._wake()
             if self._drained.wait(BATCH_PAUSE_SECONDS):
                 break
         self._journal.probe(durable=True)
@@ -267,6 +267,7 @@ class Runner:
             self._executor.listen()
             if now >= self._work_at:
                 self._work_once(now)
+            self._sender.transport.work()
         except JournalLost:
             self._work_at = math.inf  # the process is about to end
         except Exception as exc:
@@ -277,10 +278,11 @@ class Runner:
                     log.exception("runner failed")
         if self._is_draining and not self._runs:
             self._drained.set()
-        times = [self._tick_at, self._times_out_at]
+        times = [self._tick_at, self._times_out_at, 0.0 if self._writer.waiting else math.inf]
         if not self._is_draining:
             times += [self._starts_at, max(self._attempts_at, self._rests_until), self._prune_at]
-        return max(0.0, max(self._work_at, min(times)) - time.monotonic())
+        next_at = min(max(self._work_at, min(times)), self._sender.transport.due_at())
+        return max(0.0, next_at - time.monotonic())
 
     def _work_once(self, now: float) -> None:
         if now >= self._times_out_at:
@@ -309,7 +311,6 @@ class Runner:
     def _tick(self) -> None:
         """Do once a second what no event announces."""
         self._tick_at = time.monotonic() + TICK_SECONDS
-        self._sender.close_idle()
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
         with self._journal.transaction():  # after a commit that failed, the count is wrong
@@ -374,7 +375,7 @@ class Runner:
                 limit = min(room, MAX_ATTEMPT_STARTS)
                 claim = functools.partial(self._journal.claim_due, receiver, now=now, limit=limit)
                 for run, event in self._take(claim, is_posting=True):
-                    self._start_thread(run, event)
+                    self._attempt(run, event)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
         # With thousands of receivers it takes long, and the loop has more to do.
@@ -523,7 +524,7 @@ class Runner:
             else:
                 run.job = replace(run.job, outcome=ending.outcome)
                 if event:
-                    self._start_thread(run, event)
+                    self._attempt(run, event)
                 else:
                     self._leave(run)
                 self._ended(run.job, ending, is_due=event is None)
@@ -537,30 +538,19 @@ class Runner:
 
     # An attempt
 
-    def _start_thread(self, run: Run, event: bytes) -> None:
-        """Start a thread for an attempt. If the system has none, the attempt waits a second."""
-        try:
-            # A threading.Thread is waited for until it runs, which beside a busy neighbor takes a
-            # fifth of the throughput.
-            _thread.start_new_thread(self._post, (run, event))
-        except (RuntimeError, MemoryError) as exc:  # can't start new thread
-            self._put_off(run)
-            with contextlib.suppress(MemoryError):  # others are still to be started
-                log.warning("thread not started", extra={**run.job.facts, "error": str(exc)})
+    def _attempt(self, run: Run, event: bytes) -> None:
+        """Begin an attempt. If that fails, as when memory runs out, it waits a second."""
 
-    def _post(self, run: Run, event: bytes) -> None:
-        """Make one attempt, and hand over what came of it: all that a job's thread does."""
-        try:
-            attempt = self._sender.attempt(run.job, event)
+        def then(attempt: model.Attempt) -> None:
             write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
-        except BaseException:
-            while not self._drained.is_set():  # whatever happens, its attempt is made again
-                with contextlib.suppress(Exception):
-                    self._put_off(run)
-                    break
-                self._drained.wait(RETRY_SECONDS)
-            log.exception("job's thread failed", extra=run.job.facts)
+
+        try:
+            self._sender.attempt(run.job, event, then)
+        except Exception:
+            self._put_off(run)
+            with contextlib.suppress(MemoryError):  # others are still to be begun
+                log.exception("attempt not begun", extra=run.job.facts)
 
     def _put_off(self, run: Run) -> None:
         """Make an attempt that was taken, but not made, due again."""

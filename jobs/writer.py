@@ -1,4 +1,4 @@
-"""Writes to the journal for the loop and for the threads of attempts, in shared commits."""
+"""Writes to the journal what the loop has collected, in shared commits."""
 
 import contextlib
 import logging
@@ -23,20 +23,19 @@ class _Write(NamedTuple):
 
 
 class Writer:
-    """Does what threads hand over. `hand_over` may be called from any thread, the rest by one.
+    """Does what is handed over. `hand_over` may be called from any thread, the rest by one.
 
     Args:
         journal: What is written to.
-        on_write: Is called when there is something for `write`.
 
     Attributes:
+        waiting: What `write` will write.
         failure: Why something could not be written yet; None when all is.
     """
 
-    def __init__(self, journal: Journal, on_write: Callable[[], None]) -> None:
+    def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._on_write = on_write
-        self._writes: deque[_Write] = deque()
+        self.waiting: deque[_Write] = deque()
         self.failed: list[_Write] = []  # to be tried again
         self.failure: JournalError | None = None
 
@@ -52,8 +51,7 @@ class Writer:
                 mostly a MoveError.
             may_fail: `then` is also given any other exception than a JournalError.
         """
-        self._writes.append(_Write(write, then, may_fail))
-        self._on_write()
+        self.waiting.append(_Write(write, then, may_fail))
 
     def write(self, *, retry: bool = False) -> None:
         """Write what was handed over, in one transaction.
@@ -68,9 +66,9 @@ class Writer:
             JournalLost: The journal can no longer be trusted.
         """
         if retry:
-            self._writes.extendleft(reversed(self.failed))
+            self.waiting.extendleft(reversed(self.failed))
             self.failed, self.failure = [], None
-        writes = [self._writes.popleft() for _ in range(len(self._writes))]
+        writes = [self.waiting.popleft() for _ in range(len(self.waiting))]
         if not writes:
             return
         deadline = time.monotonic() + MAX_SECONDS

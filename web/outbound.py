@@ -2,20 +2,23 @@
 
 A URL that a caller chose is checked twice. `Policy` reads its text when the job is accepted and at
 each attempt. But a name can resolve to any address, and to another one a second later, so where
-only public addresses are allowed, `CurlAdapter` checks each address before it connects to it.
+only public addresses are allowed, `Transport` checks each address before it connects to it.
 """
 
+import _thread
 import contextlib
 import functools
 import io
 import ipaddress
+import math
 import os
 import re
+import selectors
 import socket
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -34,9 +37,16 @@ MAX_ANSWER_BYTES = 4096
 #: have forgotten it without telling anyone.
 MAX_IDLE_SECONDS = 25
 
-#: A handle that no request has used for so long is closed together with its connections, or those
-#: that receivers have closed would stay half-open in this process.
+#: When no request was begun for so many seconds, connections are closed, or those that receivers
+#: have closed would stay half-open in this process.
 CLOSE_IDLE_SECONDS = 5.0
+
+#: Receivers share so many multi handles of libcurl, by chance: each looks up 20 names at once, so
+#: names whose look-up hangs hold up few others. Each keeps so many connections at most.
+LINES, MAX_CONNECTIONS = 16, 64
+
+#: When one call of `Transport.work` has taken so long, what is left waits for the next one.
+MAX_TURN_SECONDS = 0.01
 
 # A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host.
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -199,137 +209,207 @@ class Policy:
         raise _refused(f"postback_url: {problem} {hint}")
 
 
-class CurlAdapter(requests.adapters.BaseAdapter):
-    """Sends POST requests with libcurl, from any number of threads.
+class _Request(pycurl.Curl):  # type: ignore[misc]
+    """One request, until its answer was passed on.
 
-    A handle of libcurl keeps its connections and is used by one thread at a time. Between two
-    requests it waits in a pool. Redirects, cookies, proxies, .netrc and the environment are not
-    used. Certificates are always verified.
-
-    Args:
-        ca_path: A file with the certificates to trust.
-        public_only: Whether every address of a host must be public. It is the same for all
-            requests, because a connection that is kept is not checked again.
+    Attributes:
+        then: Is given the answer, or why there is none.
+        deadline: By the monotonic clock.
+        head: The lines of the answer's header so far.
+        body: The answer's body so far.
+        asked: The addresses that libcurl wanted to connect to, where all must be public.
+        approved: Those of them that it may connect to.
     """
 
-    def __init__(self, *, ca_path: str, public_only: bool) -> None:
+    def __init__(self, then: Callable[[requests.Response | Exception], None], timeout: float):
         super().__init__()
-        self._ca_path = ca_path
-        self._public_only = public_only
-        # The handles that no request uses, the longest idle first, each with the time.monotonic()
-        # since when it is idle.
-        self._idle: deque[tuple[float, pycurl.Curl]] = deque()
+        self.then, self.timeout, self.deadline = then, timeout, time.monotonic() + timeout
+        self.head, self.body = list[bytes](), bytearray()
+        self.asked, self.approved = set[str](), set[str]()
 
-    def send(
-        self, request: requests.PreparedRequest, *_: Any, timeout: Any = None, **__: Any
-    ) -> requests.Response:
-        """Send a POST request and return the answer, with at most 4 KiB of its body.
+    def add(self, part: bytes) -> int | None:
+        """Take a part of the answer's body."""
+        self.body += part[: MAX_ANSWER_BYTES - len(self.body)]
+        return None if len(self.body) < MAX_ANSWER_BYTES else 0  # 0 ends the request
 
-        An answer counts as soon as its header is complete, whatever happens to its body. Its header
-        Retry-After is always a number of seconds, 0 if there is none.
+    def open_socket(self, _: int, address: Any) -> int:
+        """Return a socket for an address that was approved."""
+        self.asked.add(address.addr[0])
+        if address.addr[0] not in self.approved:
+            return int(pycurl.SOCKET_BAD)
+        return socket.socket(address.family, address.socktype, address.protocol).detach()
 
-        Args:
-            request: Has a body of bytes. Host and Content-Length are added to its headers.
-            timeout: Seconds for everything together, the name look-up included.
-
-        Raises:
-            Refusal: An address is not public, and must be.
-            requests.ConnectionError: There was no answer. The text says why.
-        """
-        curl, head, body = self._take(), list[bytes](), bytearray()
-        lines = ["Expect:", *(f"{name}: {text}" for name, text in request.headers.items())]
-        curl.setopt(pycurl.URL, request.url)
-        curl.setopt(pycurl.POSTFIELDS, request.body)
-        curl.setopt(pycurl.HTTPHEADER, lines)
-        curl.setopt(pycurl.HEADERFUNCTION, head.append)
-        curl.setopt(pycurl.WRITEFUNCTION, functools.partial(_add, body))
-        code, reason = 0, "the connection was closed within the header of the answer"
-        try:
-            self._perform(curl, timeout)
-        except pycurl.error as exc:
-            code, reason = exc.args[0], _reason(curl, exc, timeout)
-        finally:
-            answer = _answer(curl, head, bytes(body))
-            curl.setopt(pycurl.POSTFIELDS, b"")  # a large event must not stay in the pool
-            if code == pycurl.E_OPERATION_TIMEDOUT:
-                curl.close()  # a name look-up that hangs would hold up the handle's next one
-            else:
-                self._idle.append((time.monotonic(), curl))
-        if answer is None:
-            raise requests.ConnectionError(reason)
+    def answer(self, code: int, text: str) -> requests.Response | Exception:
+        """Return the final answer, or why its header is not complete."""
+        # Interim answers, such as 103, may come before.
+        starts = [n for n, line in enumerate(self.head, 1) if line[:5].upper() == b"HTTP/"]
+        lines = [line.decode("latin-1").strip() for line in self.head[max(starts, default=0) :]]
+        status_code = self.getinfo(pycurl.RESPONSE_CODE)
+        if "" not in lines or status_code < 200:
+            return requests.ConnectionError(self._reason(code, text))
+        answer = requests.Response()
+        answer.status_code, answer.raw = status_code, io.BytesIO(self.body)
+        for name, _, value in (line.partition(":") for line in lines):
+            answer.headers[name] = value.strip()
+        answer.headers["retry-after"] = str(self.getinfo(pycurl.RETRY_AFTER))
         return answer
 
-    def close_idle(self, seconds: float) -> None:
-        """Close the handles, and their connections, that were idle for so long."""
-        with contextlib.suppress(IndexError):
-            while self._idle[0][0] <= time.monotonic() - seconds:
-                self._idle.popleft()[1].close()
+    def _reason(self, code: int, text: str) -> str:
+        if not code:
+            return "the connection was closed within the header of the answer"
+        number = self.getinfo(pycurl.OS_ERRNO)
+        system = os.strerror(number) if number else f"error {code} of libcurl"
+        phrase = _PHRASES.get(code, "the connection failed: {system}")
+        return phrase.format(timeout=self.timeout, text=text, system=system)
 
-    def _perform(self, curl: pycurl.Curl, timeout: float) -> None:
-        """Let libcurl do the request.
+
+class _Line:
+    """The requests to some receivers.
+
+    Attributes:
+        multi: Makes them, and keeps connections.
+        due_at: When libcurl wants to be called again, by the monotonic clock.
+        used_at: When a request was last begun.
+        requests: What is under way.
+        done: What has ended, with an error code and a text of libcurl.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self._selector = selector
+        self.multi = pycurl.CurlMulti()
+        self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self.multi.setopt(pycurl.M_TIMERFUNCTION, self._wait)
+        self.multi.setopt(pycurl.M_MAXCONNECTS, MAX_CONNECTIONS)
+        self.due_at = self.used_at = math.inf
+        self.requests: set[_Request] = set()
+        self.done: deque[tuple[_Request, int, str]] = deque()
+
+    def begin(self, request: _Request) -> None:
+        """Begin a request, or begin it again."""
+        now = time.monotonic()
+        request.setopt(pycurl.TIMEOUT_MS, max(1, int((request.deadline - now) * 1000)))
+        self.multi.add_handle(request)
+        self.requests.add(request)
+        self.used_at = self.due_at = now
+
+    def go_on(self, fd: int = pycurl.SOCKET_TIMEOUT, events: int = 0) -> None:
+        """Do what can be done without waiting."""
+        if fd == pycurl.SOCKET_TIMEOUT:
+            self.due_at = math.inf
+        self.multi.socket_action(fd, events)  # the flags are those of selectors
+        _, fine, failed = self.multi.info_read()
+        for request, code, text in (*((one, 0, "") for one in fine), *failed):
+            self.multi.remove_handle(request)
+            self.done.append((request, code, text))
+
+    def end(self, request: _Request, code: int, text: str) -> None:
+        """Pass on how a request went. When this raises, it can be called again.
 
         Where addresses must be public and no connection is kept, it is first done in vain: each
         address of the host is refused and noted. If all of them are public, it is done again.
         """
-        deadline = time.monotonic() + timeout
-        asked, approved = set[str](), set[str]()
-        if self._public_only:
-            curl.setopt(pycurl.OPENSOCKETFUNCTION, functools.partial(_open_socket, asked, approved))
-        while True:
-            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((deadline - time.monotonic()) * 1000)))
-            try:
-                curl.perform()
-                return
-            except pycurl.error:
-                if not all(map(is_public, asked)):
-                    raise _refused("The address of the host is not public.") from None
-                if asked <= approved:
-                    raise
-                approved |= asked
+        answer = request.answer(code, text)
+        if code and not all(map(is_public, request.asked)):
+            answer = _refused("The address of the host is not public.")
+        elif code and not request.asked <= request.approved:
+            request.approved |= request.asked
+            self.begin(request)
+            return
+        request.then(answer)
+        self.requests.remove(request)
+        request.close()
 
-    def _take(self) -> pycurl.Curl:
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()[1]
-        curl = pycurl.Curl()
-        for option, value in (_OPTIONS | {pycurl.CAINFO: self._ca_path}).items():
-            curl.setopt(option, value)
-        return curl
+    def _watch(self, what: int, fd: int, *_: Any) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
+        if what != pycurl.POLL_REMOVE:
+            self._selector.register(fd, what, self)
+
+    def _wait(self, milliseconds: int) -> None:
+        self.due_at = time.monotonic() + milliseconds / 1000 if milliseconds >= 0 else math.inf
 
 
-def _open_socket(asked: set[str], approved: set[str], _: int, address: Any) -> int:
-    asked.add(address.addr[0])
-    if address.addr[0] not in approved:
-        return int(pycurl.SOCKET_BAD)
-    return socket.socket(address.family, address.socktype, address.protocol).detach()
+class Transport:
+    """Sends POST requests with libcurl, many at once. It never waits, and one thread calls it.
 
+    Redirects, cookies, proxies, .netrc and the environment are not used. Certificates are always
+    verified.
 
-def _add(body: bytearray, part: bytes) -> int | None:
-    body += part[: MAX_ANSWER_BYTES - len(body)]
-    return None if len(body) < MAX_ANSWER_BYTES else 0  # 0 ends the request
+    Args:
+        ca_path: A file with the certificates to trust.
 
+    Attributes:
+        selector: Can be read when there is something for `work`.
+    """
 
-def _answer(curl: pycurl.Curl, head: Sequence[bytes], body: bytes) -> requests.Response | None:
-    """Return the final answer; None if its header is not complete."""
-    # Interim answers, such as 103, may come before.
-    starts = [n for n, line in enumerate(head, 1) if line[:5].upper() == b"HTTP/"]
-    lines = [line.decode("latin-1").strip() for line in head[max(starts, default=0) :]]
-    status_code = curl.getinfo(pycurl.RESPONSE_CODE)
-    if "" not in lines or status_code < 200:
-        return None
-    answer = requests.Response()
-    answer.status_code, answer.raw = status_code, io.BytesIO(body)
-    for name, _, text in (line.partition(":") for line in lines):
-        answer.headers[name] = text.strip()
-    answer.headers["retry-after"] = str(curl.getinfo(pycurl.RETRY_AFTER))
-    return answer
+    def __init__(self, *, ca_path: str) -> None:
+        self._options = {**_OPTIONS, pycurl.CAINFO: ca_path}
+        self.selector = selectors.DefaultSelector()
+        self._lines: dict[tuple[int, bool], _Line] = {}
 
+    def send(
+        self,
+        request: requests.PreparedRequest,
+        then: Callable[[requests.Response | Exception], None],
+        *,
+        timeout: float,
+        public_only: bool,
+    ) -> None:
+        """Begin to send a POST request.
 
-def _reason(curl: pycurl.Curl, exc: pycurl.error, timeout: float) -> str:
-    code, text = exc.args
-    number = curl.getinfo(pycurl.OS_ERRNO)
-    system = os.strerror(number) if number else f"error {code} of libcurl"
-    phrase = _PHRASES.get(code, "the connection failed: {system}")
-    return phrase.format(timeout=timeout, text=text, system=system)
+        Args:
+            request: Has a body of bytes. Host and Content-Length are added to its headers.
+            then: Is called by `work`, with the answer and at most 4 KiB of its body. An answer
+                counts as soon as its header is complete, whatever happens to its body. Its header
+                Retry-After is always a number of seconds, 0 if there is none. Otherwise `then` is
+                given a Refusal when an address is not public and must be, or a ConnectionError
+                whose text says why there was no answer.
+            timeout: Seconds for everything together, the name look-up included.
+            public_only: Whether every address of the host must be public.
+        """
+        own = _Request(then, timeout)
+        lines = ["Expect:", *(f"{name}: {text}" for name, text in request.headers.items())]
+        options: dict[int, Any] = {
+            **self._options,
+            pycurl.URL: request.url,
+            pycurl.POSTFIELDS: request.body,
+            pycurl.HTTPHEADER: lines,
+            pycurl.HEADERFUNCTION: own.head.append,
+            pycurl.WRITEFUNCTION: own.add,
+        }
+        if public_only:
+            options[pycurl.OPENSOCKETFUNCTION] = own.open_socket
+        for option, value in options.items():
+            own.setopt(option, value)
+        # A kept connection to a private address must not serve a request that may not go there.
+        key = hash(parts(str(request.url)).origin) % LINES, public_only
+        if key not in self._lines:
+            self._lines[key] = _Line(self.selector)
+        self._lines[key].begin(own)
+
+    def work(self) -> None:
+        """Go on with what is under way."""
+        now = time.monotonic()
+        for ready, events in self.selector.select(0):
+            ready.data.go_on(ready.fd, events)
+            if time.monotonic() > now + MAX_TURN_SECONDS:  # others wait for the loop
+                break
+        for key, line in [*self._lines.items()]:
+            if line.due_at <= now:
+                line.go_on()
+            for _ in range(len(line.done)):
+                line.end(*line.done[0])
+                line.done.popleft()
+            if not line.requests and line.used_at < now - CLOSE_IDLE_SECONDS:
+                with contextlib.suppress(RuntimeError):  # no thread is free now
+                    # It waits for name look-ups that hang.
+                    _thread.start_new_thread(line.multi.close, ())
+                    del self._lines[key]
+
+    def due_at(self) -> float:
+        """Return when `work` is to be called at the latest, by the monotonic clock."""
+        lines = self._lines.values()
+        return min((0.0 if line.done else line.due_at for line in lines), default=math.inf)
 
 
 def _canonical(host: str) -> str | None:

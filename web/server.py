@@ -198,7 +198,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         turn: Callable[[], contextlib.AbstractContextManager[Any]],
         work: Callable[[], float] = lambda: TICK_SECONDS,
         on_answer: Callable[[logs.Answer], None] = lambda _: None,
-        watched: int | None = None,
+        watched: Sequence[int] = (),
     ) -> None:
         """Begin to answer.
 
@@ -211,12 +211,12 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             work: What else the loop does after each turn. Returns after how many seconds to call it
                 again at the latest.
             on_answer: Is called with each answer that was sent.
-            watched: A descriptor. `work` is called as soon as it can be read.
+            watched: Descriptors. `work` is called as soon as one can be read.
         """
         self.application, self._turn, self._work = application, turn, work
         self.on_answer = on_answer
-        if watched is not None:
-            _Watched(watched, map=self._map)
+        for descriptor in watched:
+            _Watched(descriptor, map=self._map)
         self._thread.start()
 
     def stop(self) -> None:

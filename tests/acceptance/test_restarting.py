@@ -27,7 +27,7 @@ def send(service: RealProcess, data: Any) -> str:
         pytest.param("WorkerExecutor.run:before", 2, 1, id="started"),
         pytest.param("Journal.end:before", 2, 1, id="analyzed, not stored"),
         pytest.param("Sender.attempt:before", 1, 1, id="stored, not posted"),
-        pytest.param("Sender.attempt:after", 1, 2, id="posted, not recorded"),
+        pytest.param("Journal.record:before", 1, 2, id="posted, not recorded"),
     ],
 )
 def test_a_job_survives_a_kill_at_any_point(start_process, receiver, point, starts, postbacks):

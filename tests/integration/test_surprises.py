@@ -1,6 +1,5 @@
 """What happens at the wrong moment, or fails once: no job is lost, and no place stays taken."""
 
-import _thread
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from functools import partial
 import pytest
 
 import app
+import postback
 from jobs import executor, runner
 from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
@@ -254,7 +254,7 @@ def test_a_journal_that_another_program_locks_is_waited_for_once(start_hasty):
     executed: list[str] = []
     told: list[None] = []
     journal = start_hasty().journal
-    writer = Writer(journal, on_write=lambda: None)
+    writer = Writer(journal)
     for _ in range(3):
         writer.hand_over(journal.probe, told.append)
 
@@ -271,7 +271,7 @@ def test_a_journal_that_another_program_locks_is_waited_for_once(start_hasty):
 
 def test_a_write_that_always_fails_holds_up_no_other_though_they_take_long(start_hasty):
     told: list[str] = []
-    writer = Writer(start_hasty().journal, on_write=lambda: None)
+    writer = Writer(start_hasty().journal)
 
     def take_long():
         threading.Event().wait(0.4)
@@ -381,7 +381,7 @@ def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start
 def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail, name, times):
     """Each try fails twice: with others, and alone."""
     service, has_failed = start_twice(), fail(Journal, name, times=times)
-    fail(_thread, "start_new_thread", problem=RuntimeError)  # so an attempt is put off
+    fail(postback.Sender, "attempt")  # so it is put off
 
     job = service.wait_for(service.send(act("fail_at_first", 1)))
 
@@ -402,14 +402,23 @@ def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail
 
 
 @pytest.mark.parametrize("problem", [MemoryError, RuntimeError])
-def test_an_attempt_whose_thread_cannot_start_is_made_later(start_hasty, fail, problem):
+def test_an_attempt_that_cannot_begin_is_made_later(start_hasty, fail, problem):
     service = start_hasty(MAX_RUNNING="1")
-    has_failed = fail(_thread, "start_new_thread", problem=problem)
+    has_failed = fail(postback.Sender, "attempt", problem=problem)
 
     job = service.wait_for(service.send(1))
 
     assert has_failed.is_set()
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
+
+
+def test_an_answer_that_finds_no_memory_is_dealt_with_later(start_hasty, receiver, fail):
+    service, has_failed = start_hasty(), fail(postback, "_fault", times=2)
+
+    job = service.wait_for(service.send(1))
+
+    assert has_failed.is_set()
+    assert (job["state"], job["attempts_made"], len(receiver.requests)) == ("delivered", 1, 1)
 
 
 @pytest.mark.parametrize("workers", [None, 1])
