@@ -265,9 +265,9 @@ class Runner:
         now = time.monotonic()
         try:
             self._executor.listen()
+            self._sender.transport.work()
             if now >= self._work_at:
                 self._work_once(now)
-            self._sender.transport.work()
         except JournalLost:
             self._work_at = math.inf  # the process is about to end
         except Exception as exc:

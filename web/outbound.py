@@ -290,7 +290,8 @@ class _Line:
         request.setopt(pycurl.TIMEOUT_MS, max(1, int((request.deadline - now) * 1000)))
         self.multi.add_handle(request)
         self.requests.add(request)
-        self.used_at = self.due_at = now
+        self.used_at = now
+        self.go_on()
 
     def go_on(self, fd: int = pycurl.SOCKET_TIMEOUT, events: int = 0) -> None:
         """Do what can be done without waiting."""
