@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import requests
-import requests.adapters
+import requests.utils
 
 from config import Config
 from jobs import errors, model
@@ -78,8 +78,8 @@ class Sender:
         self._own_origins = own_origins | {outbound.parts(url).origin}
         self._clock = clock
         self._random = random
-        ca_path = str(config.postback_ca_bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH)
-        self.transport = outbound.Transport(ca_path=ca_path)
+        ca_path = str(config.postback_ca_bundle or requests.utils.DEFAULT_CA_BUNDLE_PATH)
+        self.transport = outbound.Transport(ca_path, timeout=config.postback_timeout_seconds)
         longest_seconds = max(config.postback_schedule_seconds, default=0.0) * (1 + JITTER)
         #: No attempt is due later than this after another.
         self.longest_wait_seconds = max(MAX_RETRY_AFTER_SECONDS, longest_seconds)
@@ -90,22 +90,24 @@ class Sender:
         Args:
             job: Its id is the webhook-id, the same for each attempt.
             event: Is sent byte for byte.
-            then: Is told how that went, whatever happens, now or by `transport.work`.
+            then: Is told how that went, now or by `transport.work`.
+
+        Raises:
+            Exception: It could not begin, for lack of memory or descriptors.
         """
         attempted_at, started, is_public_only = self._clock(), time.monotonic(), False
 
         def end(answer: requests.Response | Exception) -> None:
-            status_code, error = None, None
             if isinstance(answer, Exception):
-                error = _reason(answer)
+                status_code, error = None, _reason(answer)
             else:
-                status_code, error = answer.status_code, _fault(answer.status_code)
+                status_code, error = answer.status_code, _fault(answer.status_code) or ""
             attempt = model.Attempt(
                 number=job.attempts + 1,
                 attempted_at=attempted_at,
                 duration_seconds=time.monotonic() - started,
                 status_code=status_code,
-                error=error,
+                error=error or None,
                 **self._follows(job, answer, show=not is_public_only) if error else {},
             )
             then(attempt)
@@ -113,12 +115,9 @@ class Sender:
         try:
             url, policy = job.postback_url, self._config.postback_allow
             is_public_only = url is not None and policy.check(url)
-            is_trusted = not is_public_only
-            request = self._request(job, event, timestamp=attempted_at, is_trusted=is_trusted)
-            timeout = self._config.postback_timeout_seconds
-            # Not with a Session: it adds cookies and .netrc, and doubles the cost.
-            self.transport.send(request, end, timeout=timeout, public_only=is_public_only)
-        except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
+            request = self._request(job, event, at=attempted_at, is_trusted=not is_public_only)
+            self.transport.send(request, end, public_only=is_public_only)
+        except (errors.Refusal, ValueError) as exc:  # it would be the same at each attempt
             end(exc)
 
     def _follows(
@@ -145,7 +144,7 @@ class Sender:
         }
 
     def _request(
-        self, job: model.Job, event: bytes, *, timestamp: datetime, is_trusted: bool
+        self, job: model.Job, event: bytes, *, at: datetime, is_trusted: bool
     ) -> requests.PreparedRequest:
         """Build the request: id and event are the same at each attempt, time and signature new.
 
@@ -165,7 +164,7 @@ class Sender:
             "User-Agent": f"postback/{VERSION}",
             "Accept-Encoding": "identity",
             "webhook-id": job.id,
-            "webhook-timestamp": str(int(timestamp.timestamp())),
+            "webhook-timestamp": str(int(at.timestamp())),
             "webhook-attempt": str(job.attempts + 1),
             "webhook-attempt-max": str(
                 job.resent_after + len(self._config.postback_schedule_seconds) + 1
@@ -175,7 +174,7 @@ class Sender:
             headers["webhook-signature"] = signatures.sign(
                 self._secrets_for(target.origin),
                 webhook_id=job.id,
-                timestamp=timestamp,
+                timestamp=at,
                 body=event,
             )
         request = requests.PreparedRequest()

@@ -41,7 +41,14 @@ MAX_ALONE = 4
 #: Seconds until something is tried again that failed: a write, or an attempt that could not begin.
 RETRY_SECONDS = 1.0
 
-#: The loop looks at the journal and at idle connections at least once in so many seconds.
+#: Seconds after an error that nobody expected, which might be raised again at once.
+PAUSE_SECONDS = 0.05
+
+#: An attempt that has not ended so many seconds after POSTBACK_TIMEOUT was lost by an error. It is
+#: made again.
+LOST_SECONDS = 5.0
+
+#: The loop looks at the journal at least once in so many seconds.
 TICK_SECONDS = 1.0
 
 #: Analyses started in one turn of the loop, and attempts for one receiver, so that answers need not
@@ -69,7 +76,7 @@ class Run:
     Attributes:
         is_posting: Its analysis has ended. While it has not, it takes one of MAX_RUNNING places.
         started_at: When its payload went to a worker that was ready; None before.
-        times_out_at: By the monotonic clock; infinite before its analysis has begun, and after it.
+        times_out_at: By the monotonic clock, for its analysis or its attempt; infinite between.
         progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
     """
 
@@ -166,8 +173,7 @@ class Runner:
             Refusal: There is no such job (404).
         """
         job = self._journal.current(job_id)
-        canceled = model.without_result(Outcome.CANCELED, "The job was canceled.")
-        ending = self._dated(job, canceled)
+        ending = self._dated(job, model.without_result(Outcome.CANCELED, "The job was canceled."))
         self._end(job, ending, due_at=ending.finished_at)
 
         def follow_up() -> None:
@@ -265,9 +271,9 @@ class Runner:
         now = time.monotonic()
         try:
             self._executor.listen()
-            self._sender.transport.work()
             if now >= self._work_at:
                 self._work_once(now)
+            self._sender.transport.work()
         except JournalLost:
             self._work_at = math.inf  # the process is about to end
         except Exception as exc:
@@ -276,6 +282,7 @@ class Runner:
             if not isinstance(exc, JournalError):  # which was logged where it was seen
                 with contextlib.suppress(MemoryError):
                     log.exception("runner failed")
+                self._drained.wait(PAUSE_SECONDS)  # it may be raised again at once
         if self._is_draining and not self._runs:
             self._drained.set()
         times = [self._tick_at, self._times_out_at, 0.0 if self._writer.waiting else math.inf]
@@ -317,11 +324,15 @@ class Runner:
             self._waiting = self._journal.count_waiting()
 
     def _time_out(self, now: float) -> None:
-        """End every analysis whose time is over."""
-        text = f"The analysis took longer than JOB_TIMEOUT, {self._config.job_timeout_seconds:g} s."
+        """End every analysis whose time is over, and put off attempts of which nothing is heard."""
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
-            self._executor.stop(run.job.id)
-            self._store(run, model.without_result(Outcome.TIMED_OUT, text))
+            if run.is_posting:
+                self._put_off(run)
+            else:
+                self._executor.stop(run.job.id)
+                seconds = self._config.job_timeout_seconds
+                text = f"The analysis took longer than JOB_TIMEOUT, {seconds:g} s."
+                self._store(run, model.without_result(Outcome.TIMED_OUT, text))
         times = [run.times_out_at for run in self._runs.values()]
         self._times_out_at = min(times, default=math.inf)
 
@@ -437,8 +448,11 @@ class Runner:
     def _note_start(self, run: Run) -> None:
         run.started_at = self._clock()
         if timeout := self._config.job_timeout_seconds:
-            run.times_out_at = time.monotonic() + timeout
-            self._times_out_at = min(self._times_out_at, run.times_out_at)
+            self._limit(run, timeout)
+
+    def _limit(self, run: Run, seconds: float) -> None:
+        run.times_out_at = time.monotonic() + seconds
+        self._times_out_at = min(self._times_out_at, run.times_out_at)
 
     def _note_progress(self, run: Run, fraction: float, note: str) -> None:
         run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
@@ -542,9 +556,11 @@ class Runner:
         """Begin an attempt. If that fails, as when memory runs out, it waits a second."""
 
         def then(attempt: model.Attempt) -> None:
+            run.times_out_at = math.inf
             write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
 
+        self._limit(run, self._config.postback_timeout_seconds + LOST_SECONDS)
         try:
             self._sender.attempt(run.job, event, then)
         except Exception:
@@ -554,7 +570,7 @@ class Runner:
 
     def _put_off(self, run: Run) -> None:
         """Make an attempt that was taken, but not made, due again."""
-        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
+        until, run.times_out_at = self._clock() + timedelta(seconds=RETRY_SECONDS), math.inf
 
         def then(_: Any) -> None:
             self._look_for_attempts(RETRY_SECONDS)

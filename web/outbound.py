@@ -3,6 +3,8 @@
 A URL that a caller chose is checked twice. `Policy` reads its text when the job is accepted and at
 each attempt. But a name can resolve to any address, and to another one a second later, so where
 only public addresses are allowed, `Transport` checks each address before it connects to it.
+
+libcurl says when it wants to be called. Whoever owns the loop calls `Transport.work` then.
 """
 
 import _thread
@@ -12,12 +14,13 @@ import io
 import ipaddress
 import math
 import os
+import random
 import re
+import resource
 import selectors
 import socket
 import time
 import urllib.parse
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -34,19 +37,19 @@ MAX_URL = 2048
 MAX_ANSWER_BYTES = 4096
 
 #: A connection that was idle for longer is not used again, in seconds: a firewall on the way may
-#: have forgotten it without telling anyone.
+#: have forgotten it without telling anyone. When a group was idle for longer, all are closed, or
+#: those that receivers have closed would stay half-open in this process.
 MAX_IDLE_SECONDS = 25
 
-#: When no request was begun for so many seconds, connections are closed, or those that receivers
-#: have closed would stay half-open in this process.
-CLOSE_IDLE_SECONDS = 5.0
+#: Receivers share so many multi handles of libcurl, by chance. Each looks up 20 names at once, so
+#: names whose look-up hangs hold up few others.
+GROUPS = 16
 
-#: Receivers share so many multi handles of libcurl, by chance: each looks up 20 names at once, so
-#: names whose look-up hangs hold up few others. Each keeps so many connections at most.
-LINES, MAX_CONNECTIONS = 16, 256
+#: Each keeps so many connections, but all together at most a quarter of the descriptors.
+MAX_CONNECTIONS = 256
 
-#: Connections that are read or written in one turn of the loop.
-MAX_TURN = 64
+#: After so long, what else can be read waits for the next turn of the loop.
+MAX_TURN_SECONDS = 0.03
 
 # A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host.
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -96,6 +99,7 @@ _OPTIONS: dict[int, object] = {
     pycurl.MAXAGE_CONN: MAX_IDLE_SECONDS,
     pycurl.DNS_CACHE_TIMEOUT: 1,  # seconds; a failed look-up is cached, too
     pycurl.NOSIGNAL: 1,
+    pycurl.BUFFERSIZE: MAX_ANSWER_BYTES,
     # CURLOPT_QUICK_EXIT, which pycurl has no name for: closing a handle does not wait for a name
     # look-up that hangs. Without it, close() was seen to block for 9.5 s.
     322: 1,
@@ -263,62 +267,56 @@ class _Request(pycurl.Curl):  # type: ignore[misc]
         return phrase.format(timeout=self.timeout, text=text, system=system)
 
 
-class _Line:
-    """The requests to some receivers.
+class _Group:
+    """A multi handle of libcurl, for the requests to some receivers.
 
     Attributes:
-        multi: Makes them, and keeps connections.
+        multi: Makes the requests, and keeps connections.
         due_at: When libcurl wants to be called again, by the monotonic clock.
-        used_at: When a request was last begun.
+        used_at: When a request began or ended last.
         requests: What is under way.
-        done: What has ended, with an error code and a text of libcurl.
     """
 
-    def __init__(self, selector: selectors.BaseSelector) -> None:
+    def __init__(self, selector: selectors.BaseSelector, max_connections: int) -> None:
         self._selector = selector
         self.multi = pycurl.CurlMulti()
         self.multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._wait)
-        self.multi.setopt(pycurl.M_MAXCONNECTS, MAX_CONNECTIONS)
+        self.multi.setopt(pycurl.M_MAXCONNECTS, max_connections)
         self.due_at = self.used_at = math.inf
         self.requests: set[_Request] = set()
-        self.done: deque[tuple[_Request, int, str]] = deque()
 
     def begin(self, request: _Request) -> None:
-        """Begin a request, or begin it again."""
-        now = time.monotonic()
+        """Begin a request, or begin it again. `go_on` sends it."""
+        self.used_at = self.due_at = now = time.monotonic()
         request.setopt(pycurl.TIMEOUT_MS, max(1, int((request.deadline - now) * 1000)))
         self.multi.add_handle(request)
         self.requests.add(request)
-        self.used_at = now
-        self.go_on()
 
-    def go_on(self, fd: int = pycurl.SOCKET_TIMEOUT, events: int = 0) -> None:
+    def go_on(self, fd: int, events: int) -> None:
         """Do what can be done without waiting."""
-        if fd == pycurl.SOCKET_TIMEOUT:
-            self.due_at = math.inf
         self.multi.socket_action(fd, events)  # the flags are those of selectors
         _, fine, failed = self.multi.info_read()
         for request, code, text in (*((one, 0, "") for one in fine), *failed):
             self.multi.remove_handle(request)
-            self.done.append((request, code, text))
+            self.requests.discard(request)
+            self._end(request, code, text)
 
-    def end(self, request: _Request, code: int, text: str) -> None:
-        """Pass on how a request went. When this raises, it can be called again.
+    def _end(self, request: _Request, code: int, text: str) -> None:
+        """Pass on how a request went.
 
         Where addresses must be public and no connection is kept, it is first done in vain: each
         address of the host is refused and noted. If all of them are public, it is done again.
         """
-        answer = request.answer(code, text)
+        self.used_at, answer = time.monotonic(), request.answer(code, text)
         if code and not all(map(is_public, request.asked)):
             answer = _refused("The address of the host is not public.")
-        elif code and not request.asked <= request.approved:
+        elif code and not request.head and not request.asked <= request.approved:
             request.approved |= request.asked
             self.begin(request)
             return
-        request.then(answer)
-        self.requests.remove(request)
         request.close()
+        request.then(answer)
 
     def _watch(self, what: int, fd: int, *_: Any) -> None:
         with contextlib.suppress(KeyError):
@@ -338,22 +336,23 @@ class Transport:
 
     Args:
         ca_path: A file with the certificates to trust.
+        timeout: Seconds for one request in all, the name look-up included.
 
     Attributes:
         selector: Can be read when there is something for `work`.
     """
 
-    def __init__(self, *, ca_path: str) -> None:
+    def __init__(self, ca_path: str, *, timeout: float) -> None:
+        self._timeout = timeout
         self._options = {**_OPTIONS, pycurl.CAINFO: ca_path}
         self.selector = selectors.DefaultSelector()
-        self._lines: dict[tuple[int, bool], _Line] = {}
+        self._groups: dict[tuple[int, bool], _Group] = {}
 
     def send(
         self,
         request: requests.PreparedRequest,
         then: Callable[[requests.Response | Exception], None],
         *,
-        timeout: float,
         public_only: bool,
     ) -> None:
         """Begin to send a POST request.
@@ -365,10 +364,9 @@ class Transport:
                 Retry-After is always a number of seconds, 0 if there is none. Otherwise `then` is
                 given a Refusal when an address is not public and must be, or a ConnectionError
                 whose text says why there was no answer.
-            timeout: Seconds for everything together, the name look-up included.
             public_only: Whether every address of the host must be public.
         """
-        own = _Request(then, timeout)
+        own = _Request(then, self._timeout)
         lines = ["Expect:", *(f"{name}: {text}" for name, text in request.headers.items())]
         options: dict[int, Any] = {
             **self._options,
@@ -383,32 +381,35 @@ class Transport:
         for option, value in options.items():
             own.setopt(option, value)
         # A kept connection to a private address must not serve a request that may not go there.
-        key = hash(parts(str(request.url)).origin) % LINES, public_only
-        if key not in self._lines:
-            self._lines[key] = _Line(self.selector)
-        self._lines[key].begin(own)
+        key = hash(parts(str(request.url)).origin) % GROUPS, public_only
+        if key not in self._groups:
+            descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            most = max(1, min(MAX_CONNECTIONS, descriptors // (8 * GROUPS)))
+            self._groups[key] = _Group(self.selector, most)
+        self._groups[key].begin(own)
 
     def work(self) -> None:
         """Go on with what is under way."""
         now = time.monotonic()
-        for ready, events in self.selector.select(0)[:MAX_TURN]:
-            ready.data.go_on(ready.fd, events)
-        for key, line in [*self._lines.items()]:
-            if line.due_at <= now:
-                line.go_on()
-            for _ in range(len(line.done)):
-                line.end(*line.done[0])
-                line.done.popleft()
-            if not line.requests and line.used_at < now - CLOSE_IDLE_SECONDS:
+        ready = self.selector.select(0)
+        random.shuffle(ready)  # else the same ones would come first each time
+        for one, events in ready:
+            one.data.go_on(one.fd, events)
+            if time.monotonic() > now + MAX_TURN_SECONDS:  # others wait for the loop
+                break
+        for key, group in [*self._groups.items()]:
+            if group.due_at <= now:
+                group.due_at = math.inf
+                group.go_on(pycurl.SOCKET_TIMEOUT, 0)
+            if not group.requests and group.used_at < now - MAX_IDLE_SECONDS:
                 with contextlib.suppress(RuntimeError):  # no thread is free now
                     # It waits for name look-ups that hang.
-                    _thread.start_new_thread(line.multi.close, ())
-                    del self._lines[key]
+                    _thread.start_new_thread(group.multi.close, ())
+                    del self._groups[key]
 
     def due_at(self) -> float:
         """Return when `work` is to be called at the latest, by the monotonic clock."""
-        lines = self._lines.values()
-        return min((0.0 if line.done else line.due_at for line in lines), default=math.inf)
+        return min((group.due_at for group in self._groups.values()), default=math.inf)
 
 
 def _canonical(host: str) -> str | None:

@@ -426,7 +426,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Receiver() as r
     slow = [test.begin(sender, f"http://slow{number}.example/") for number in range(60)]
     fast = test.attempt(sender, f"http://fast.example:{receiver.port}/")
     slow = test.wait_for(sender, slow)
-    test.outbound.CLOSE_IDLE_SECONDS = 0
+    test.outbound.MAX_IDLE_SECONDS = 0
     began = time.monotonic()
     sender.transport.work()
     seconds = f"{fast.duration_seconds:.1f}; {time.monotonic() - began:.1f}"
@@ -438,7 +438,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Receiver() as r
     not shutil.which("unshare") or subprocess.call(["unshare", "-rmn", "true"]) != 0,
     reason="needs namespaces of users, mounts and networks",
 )
-def test_f02_names_whose_look_up_hangs_hold_up_no_other_attempt(tmp_path):
+def test_f02_names_whose_look_up_hangs_hold_up_no_receiver_that_is_known(tmp_path):
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (tmp_path / "hosts").write_text("127.0.0.1 localhost fast.example\n")
     mounts = "".join(f"mount --bind {one} /etc/{one.name}; " for one in tmp_path.iterdir())
@@ -522,7 +522,7 @@ def test_i19_what_receivers_have_closed_does_not_stay_half_open(sender, receiver
     wait_for(sender, [begin(sender) for _ in range(20)])
 
     assert half_open(receiver.port) > 0
-    monkeypatch.setattr(outbound, "CLOSE_IDLE_SECONDS", 0)
+    monkeypatch.setattr(outbound, "MAX_IDLE_SECONDS", 0)
     sender.transport.work()
     poll(lambda: half_open(receiver.port) == 0, "closing")
 

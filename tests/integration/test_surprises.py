@@ -24,6 +24,7 @@ from jobs.writer import Writer
 from tests.conftest import ACT
 from tests.harness import ROOT, act, environment, failing, poll, refusal
 from tests.integration.test_executor import SHARED, Call, Loop
+from web import outbound
 
 
 class FullDisk(sqlite3.Connection):
@@ -40,7 +41,7 @@ class FullDisk(sqlite3.Connection):
 @pytest.fixture
 def start_hasty(start, receiver, monkeypatch):
     """Return `start`, for a service with short pauses that posts to the receiver."""
-    for name in ("RETRY_SECONDS", "TICK_SECONDS"):
+    for name in ("RETRY_SECONDS", "TICK_SECONDS", "LOST_SECONDS"):
         monkeypatch.setattr(runner, name, 0.05)
     return partial(start, **ACT, POSTBACK_URL=receiver.url)
 
@@ -412,13 +413,20 @@ def test_an_attempt_that_cannot_begin_is_made_later(start_hasty, fail, problem):
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-def test_an_answer_that_finds_no_memory_is_dealt_with_later(start_hasty, receiver, fail):
-    service, has_failed = start_hasty(), fail(postback, "_fault", times=2)
+@pytest.mark.parametrize(("name", "requests"), [("begin", 1), ("_end", 3)])
+def test_an_attempt_that_an_error_has_lost_is_made_again(
+    start_hasty, receiver, fail, name, requests
+):
+    service, has_failed = (
+        start_hasty(POSTBACK_TIMEOUT="200ms"),
+        fail(outbound._Group, name, times=2),
+    )
 
     job = service.wait_for(service.send(1))
 
     assert has_failed.is_set()
-    assert (job["state"], job["attempts_made"], len(receiver.requests)) == ("delivered", 1, 1)
+    assert (job["state"], job["attempts_made"]) == ("delivered", 1)
+    assert len(receiver.requests) == requests
 
 
 @pytest.mark.parametrize("workers", [None, 1])
