@@ -90,24 +90,23 @@ class Sender:
         Args:
             job: Its id is the webhook-id, the same for each attempt.
             event: Is sent byte for byte.
-            then: Is told how that went, now or by `transport.work`.
+            then: Is called with the result: at once if the URL is refused, otherwise later, by
+                `transport.work`.
 
         Raises:
-            Exception: It could not begin, for lack of memory or descriptors.
+            MemoryError: It could not begin.
         """
         attempted_at, started, is_public_only = self._clock(), time.monotonic(), False
 
         def end(answer: requests.Response | Exception) -> None:
-            if isinstance(answer, Exception):
-                status_code, error = None, _reason(answer)
-            else:
-                status_code, error = answer.status_code, _fault(answer.status_code) or ""
+            status_code = None if isinstance(answer, Exception) else answer.status_code
+            error = _reason(answer) if isinstance(answer, Exception) else _fault(answer.status_code)
             attempt = model.Attempt(
                 number=job.attempts + 1,
                 attempted_at=attempted_at,
                 duration_seconds=time.monotonic() - started,
                 status_code=status_code,
-                error=error or None,
+                error=error,
                 **self._follows(job, answer, show=not is_public_only) if error else {},
             )
             then(attempt)
@@ -117,7 +116,9 @@ class Sender:
             is_public_only = url is not None and policy.check(url)
             request = self._request(job, event, at=attempted_at, is_trusted=not is_public_only)
             self.transport.send(request, end, public_only=is_public_only)
-        except (errors.Refusal, ValueError) as exc:  # it would be the same at each attempt
+        except MemoryError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever the libraries raise is a failed attempt
             end(exc)
 
     def _follows(

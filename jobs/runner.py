@@ -1,11 +1,11 @@
 """What happens between the 200 and the postback, in the loop that answers.
 
-The server's loop also calls `Runner.work`. It claims accepted jobs while the executor has a free
-worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an analysis ends, the
-loop stores that, and begins an attempt, of which it later stores what came. What is to be written
-is handed to the writer, so that it shares commits: each `write`, `then` and `follow_up` below is
-called by it. The loop also begins the attempts that are due, times out, and prunes. It never waits
-for a worker or a receiver.
+The server's loop also calls `Runner.work`. `work` claims accepted jobs while the executor has a
+free worker and fewer than MAX_RUNNING analyses run, and has them analyzed. When an analysis has
+ended, `work` stores its ending and begins an attempt to post it. When the attempt has ended, `work`
+stores that, too. It also begins the attempts that are due, times out, and prunes. It never waits
+for a worker or a receiver. All writes go through the writer, which puts many of them into one
+commit and then calls each `then`.
 """
 
 import contextlib
@@ -41,10 +41,7 @@ MAX_ALONE = 4
 #: Seconds until something is tried again that failed: a write, or an attempt that could not begin.
 RETRY_SECONDS = 1.0
 
-#: Seconds after an error that nobody expected, which might be raised again at once.
-PAUSE_SECONDS = 0.05
-
-#: An attempt that has not ended so many seconds after POSTBACK_TIMEOUT was lost by an error. It is
+#: An attempt that has no result so many seconds after POSTBACK_TIMEOUT was lost by an error, and is
 #: made again.
 LOST_SECONDS = 5.0
 
@@ -282,7 +279,6 @@ class Runner:
             if not isinstance(exc, JournalError):  # which was logged where it was seen
                 with contextlib.suppress(MemoryError):
                     log.exception("runner failed")
-                self._drained.wait(PAUSE_SECONDS)  # it may be raised again at once
         if self._is_draining and not self._runs:
             self._drained.set()
         times = [self._tick_at, self._times_out_at, 0.0 if self._writer.waiting else math.inf]
@@ -293,6 +289,7 @@ class Runner:
 
     def _work_once(self, now: float) -> None:
         if now >= self._times_out_at:
+            self._sender.transport.work()  # the machine may have slept: what has ended is not lost
             self._time_out(now)
         is_tick = now >= self._tick_at
         self._writer.write(retry=is_tick)
@@ -324,7 +321,7 @@ class Runner:
             self._waiting = self._journal.count_waiting()
 
     def _time_out(self, now: float) -> None:
-        """End every analysis whose time is over, and put off attempts of which nothing is heard."""
+        """End every analysis whose time is over, and make lost attempts due again."""
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
             if run.is_posting:
                 self._put_off(run)
@@ -556,9 +553,9 @@ class Runner:
         """Begin an attempt. If that fails, as when memory runs out, it waits a second."""
 
         def then(attempt: model.Attempt) -> None:
-            run.times_out_at = math.inf
             write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
+            run.times_out_at = math.inf
 
         self._limit(run, self._config.postback_timeout_seconds + LOST_SECONDS)
         try:
@@ -570,13 +567,14 @@ class Runner:
 
     def _put_off(self, run: Run) -> None:
         """Make an attempt that was taken, but not made, due again."""
-        until, run.times_out_at = self._clock() + timedelta(seconds=RETRY_SECONDS), math.inf
+        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
 
         def then(_: Any) -> None:
             self._look_for_attempts(RETRY_SECONDS)
             self._leave(run)
 
         self._writer.hand_over(lambda: self._journal.put_off(run.job.id, until=until), then)
+        run.times_out_at = math.inf
 
     def _attempted(self, run: Run, attempt: model.Attempt, state: State | Exception) -> None:
         """Follow up on an attempt that was recorded."""

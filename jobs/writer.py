@@ -1,4 +1,4 @@
-"""Writes to the journal what the loop has collected, in shared commits."""
+"""Writes to the journal what was handed over, many writes in one commit."""
 
 import contextlib
 import logging
@@ -23,13 +23,15 @@ class _Write(NamedTuple):
 
 
 class Writer:
-    """Does what is handed over. `hand_over` may be called from any thread, the rest by one.
+    """Does what is handed over. Only the loop may call `write`.
+
+    Any thread may call `hand_over`, and then has to wake the loop.
 
     Args:
         journal: What is written to.
 
     Attributes:
-        waiting: What `write` will write.
+        waiting: What the next `write` will try.
         failure: Why something could not be written yet; None when all is.
     """
 

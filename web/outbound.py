@@ -4,7 +4,8 @@ A URL that a caller chose is checked twice. `Policy` reads its text when the job
 each attempt. But a name can resolve to any address, and to another one a second later, so where
 only public addresses are allowed, `Transport` checks each address before it connects to it.
 
-libcurl says when it wants to be called. Whoever owns the loop calls `Transport.work` then.
+`Transport` never waits. The loop must call `Transport.work` when its selector can be read, and at
+`Transport.due_at()` at the latest.
 """
 
 import _thread
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import io
 import ipaddress
+import logging
 import math
 import os
 import random
@@ -37,18 +39,20 @@ MAX_URL = 2048
 MAX_ANSWER_BYTES = 4096
 
 #: A connection that was idle for longer is not used again, in seconds: a firewall on the way may
-#: have forgotten it without telling anyone. When a group was idle for longer, all are closed, or
-#: those that receivers have closed would stay half-open in this process.
+#: have forgotten it without telling anyone. When a group was idle for that long, its connections
+#: are closed. Otherwise those that receivers have closed would stay half-open.
 MAX_IDLE_SECONDS = 25
 
-#: Receivers share so many multi handles of libcurl, by chance. Each looks up 20 names at once, so
-#: names whose look-up hangs hold up few others.
+#: Receivers are divided into so many groups by a hash of their origin, and into as many more where
+#: only public addresses are allowed. libcurl looks up 20 names at once for each group. Names that
+#: hang can delay only new connections of the same group.
 GROUPS = 16
 
-#: Each keeps so many connections, but all together at most a quarter of the descriptors.
+#: At most so many connections are kept for each group, and at most a quarter of the descriptors for
+#: all groups together.
 MAX_CONNECTIONS = 256
 
-#: After so long, what else can be read waits for the next turn of the loop.
+#: After so many seconds, what is left waits for the next turn of the loop.
 MAX_TURN_SECONDS = 0.03
 
 # A grammar much narrower than RFC 3986, so that no two parsers can disagree about the host.
@@ -116,6 +120,9 @@ _PHRASES = {
     **dict.fromkeys(_TLS, "TLS failed: {text}"),
     **dict.fromkeys(_NOT_HTTP, "the answer is not proper HTTP"),
 }
+
+
+log = logging.getLogger("postback")
 
 
 class Parts(NamedTuple):
@@ -214,11 +221,12 @@ class Policy:
 
 
 class _Request(pycurl.Curl):  # type: ignore[misc]
-    """One request, until its answer was passed on.
+    """One request, from its start until `then` was called.
 
     Attributes:
         then: Is given the answer, or why there is none.
-        deadline: By the monotonic clock.
+        timeout: Seconds that it may take.
+        deadline: When it is given up, by the monotonic clock.
         head: The lines of the answer's header so far.
         body: The answer's body so far.
         asked: The addresses that libcurl wanted to connect to, where all must be public.
@@ -273,7 +281,8 @@ class _Group:
     Attributes:
         multi: Makes the requests, and keeps connections.
         due_at: When libcurl wants to be called again, by the monotonic clock.
-        used_at: When a request began or ended last.
+        used_at: When a request last began or ended.
+        is_closed: No request is given to it any more.
         requests: What is under way.
     """
 
@@ -284,6 +293,7 @@ class _Group:
         self.multi.setopt(pycurl.M_TIMERFUNCTION, self._wait)
         self.multi.setopt(pycurl.M_MAXCONNECTS, max_connections)
         self.due_at = self.used_at = math.inf
+        self.is_closed = False
         self.requests: set[_Request] = set()
 
     def begin(self, request: _Request) -> None:
@@ -295,6 +305,10 @@ class _Group:
 
     def go_on(self, fd: int, events: int) -> None:
         """Do what can be done without waiting."""
+        if self.is_closed:
+            return
+        if fd == pycurl.SOCKET_TIMEOUT:
+            self.due_at = math.inf
         self.multi.socket_action(fd, events)  # the flags are those of selectors
         _, fine, failed = self.multi.info_read()
         for request, code, text in (*((one, 0, "") for one in fine), *failed):
@@ -305,8 +319,8 @@ class _Group:
     def _end(self, request: _Request, code: int, text: str) -> None:
         """Pass on how a request went.
 
-        Where addresses must be public and no connection is kept, it is first done in vain: each
-        address of the host is refused and noted. If all of them are public, it is done again.
+        Where addresses must be public and no connection is kept, the first try opens none: each
+        address of the host is refused and noted. If all are public, the request is begun again.
         """
         self.used_at, answer = time.monotonic(), request.answer(code, text)
         if code and not all(map(is_public, request.asked)):
@@ -319,6 +333,8 @@ class _Group:
         request.then(answer)
 
     def _watch(self, what: int, fd: int, *_: Any) -> None:
+        if self.is_closed:
+            return
         with contextlib.suppress(KeyError):
             self._selector.unregister(fd)
         if what != pycurl.POLL_REMOVE:
@@ -329,7 +345,7 @@ class _Group:
 
 
 class Transport:
-    """Sends POST requests with libcurl, many at once. It never waits, and one thread calls it.
+    """Sends POST requests with libcurl, many at once. Only the loop may call its methods.
 
     Redirects, cookies, proxies, .netrc and the environment are not used. Certificates are always
     verified.
@@ -391,21 +407,30 @@ class Transport:
     def work(self) -> None:
         """Go on with what is under way."""
         now = time.monotonic()
-        ready = self.selector.select(0)
-        random.shuffle(ready)  # else the same ones would come first each time
-        for one, events in ready:
-            one.data.go_on(one.fd, events)
+        steps = [(one.data, one.fd, events) for one, events in self.selector.select(0)]
+        due = [group for group in self._groups.values() if group.due_at <= now]
+        steps += [(group, pycurl.SOCKET_TIMEOUT, 0) for group in due]
+        random.shuffle(steps)  # else the same ones would come first each time
+        for group, fd, events in steps:
+            try:
+                group.go_on(fd, events)
+            except Exception:
+                self._close(group)  # nobody knows what libcurl thinks now
+                log.exception("receivers given up")
             if time.monotonic() > now + MAX_TURN_SECONDS:  # others wait for the loop
                 break
-        for key, group in [*self._groups.items()]:
-            if group.due_at <= now:
-                group.due_at = math.inf
-                group.go_on(pycurl.SOCKET_TIMEOUT, 0)
+        for group in [*self._groups.values()]:
             if not group.requests and group.used_at < now - MAX_IDLE_SECONDS:
-                with contextlib.suppress(RuntimeError):  # no thread is free now
-                    # It waits for name look-ups that hang.
-                    _thread.start_new_thread(group.multi.close, ())
-                    del self._groups[key]
+                self._close(group)
+
+    def _close(self, group: _Group) -> None:
+        self._groups = {key: one for key, one in self._groups.items() if one is not group}
+        group.is_closed = True
+        for one in [*self.selector.get_map().values()]:
+            if one.data is group:
+                self.selector.unregister(one.fd)
+        with contextlib.suppress(RuntimeError):  # no thread is free: the collector closes it
+            _thread.start_new_thread(group.multi.close, ())  # waits for look-ups that hang
 
     def due_at(self) -> float:
         """Return when `work` is to be called at the latest, by the monotonic clock."""

@@ -413,7 +413,7 @@ def test_an_attempt_that_cannot_begin_is_made_later(start_hasty, fail, problem):
     assert (job["outcome"], job["starts"]) == ("succeeded", 1)
 
 
-@pytest.mark.parametrize(("name", "requests"), [("begin", 1), ("_end", 3)])
+@pytest.mark.parametrize(("name", "requests"), [("begin", 1), ("go_on", 1), ("_end", 3)])
 def test_an_attempt_that_an_error_has_lost_is_made_again(
     start_hasty, receiver, fail, name, requests
 ):
