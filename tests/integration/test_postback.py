@@ -85,9 +85,8 @@ def tls(tmp_path_factory):
 
 def attempt(sender, url=None, *, number=1, event=EVENT, forwarded=None):
     """Make one attempt to the configured URL, or to one that a caller named."""
-    return wait_for(sender, [begin(sender, url, number=number, event=event, forwarded=forwarded)])[
-        0
-    ]
+    begun = begin(sender, url, number=number, event=event, forwarded=forwarded)
+    return wait_for(sender, [begun])[0]
 
 
 def begin(sender, url=None, *, number=1, event=EVENT, forwarded=None):
@@ -404,6 +403,26 @@ def test_f06_a_kept_connection_has_the_same_limit(hasty, receiver):
 
     assert [request.connection for request in receiver.wait_for(2)] == [1, 1]
     assert [one.error for one in made] == [None, LATE]
+
+
+def test_receivers_that_send_without_end_do_not_hold_up_another(sender_with, receiver):
+    all_came = threading.Event()
+
+    def endless(conn, request):
+        all_came.wait(30)
+        script.flood(OK + b"Transfer-Encoding: chunked\r\n\r\n1;", b"x" * 9999)(conn, request)
+
+    with Receiver() as flooding:
+        flooding.default = endless
+        policy = outbound.Policy.of(flooding.origin)
+        sender = sender_with(receiver.url, policy=policy, timeout_seconds=30.0)
+        floods = [begin(sender, flooding.url) for _ in range(70)]
+        while len(flooding.requests) < 70:
+            sender.transport.work()
+        all_came.set()
+
+        assert attempt(sender).delivered
+        assert not any(floods)
 
 
 def test_f22_an_answer_counts_until_the_limit(hasty, receiver):

@@ -417,10 +417,8 @@ def test_an_attempt_that_cannot_begin_is_made_later(start_hasty, fail, problem):
 def test_an_attempt_that_an_error_has_lost_is_made_again(
     start_hasty, receiver, fail, name, requests
 ):
-    service, has_failed = (
-        start_hasty(POSTBACK_TIMEOUT="200ms"),
-        fail(outbound._Group, name, times=2),
-    )
+    service = start_hasty(POSTBACK_TIMEOUT="200ms")
+    has_failed = fail(outbound._Group, name, times=2)
 
     job = service.wait_for(service.send(1))
 
