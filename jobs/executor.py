@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: So many large results are read, or wait to be stored, at once.
-MAX_LARGE = 2
+#: So many results of more bytes are read, or wait to be stored, at once. The others wait in their
+#: workers.
+MAX_LARGE, LARGE_BYTES = 2, 1024**2
 
 #: When nothing of a large result that is read comes for so long, its worker is killed.
 SILENCE_SECONDS = 60.0
@@ -278,9 +279,9 @@ class WorkerExecutor(Executor):
         while self._waiting and len(self.held) < MAX_LARGE:
             run = self._waiting.popleft()
             if run.connection:
+                self.selector.register(run.connection, selectors.EVENT_READ, run)
                 self.held.add(run.job.id)
                 run.heard_at = time.monotonic()
-                self._answer(run, "")
         self._keep_up()
 
     def drain(self) -> None:
@@ -358,15 +359,18 @@ class WorkerExecutor(Executor):
             del data[: len(worker.START)]
         while run.connection and len(data) >= size:
             kind, length = worker.FRAME.unpack_from(data)
+            if kind == worker.RESULT and length > LARGE_BYTES and run.job.id not in self.held:
+                if run not in self._waiting:
+                    run.listener.returned()
+                    self._waiting.append(run)
+                    self.selector.unregister(run.connection)  # until there is room for it
+                return
             if len(data) < size + length:
                 return
             payload = bytes(memoryview(data)[size : size + length])
             del data[: size + length]
             if kind == worker.PROGRESS:
                 self._report(run, *json.loads(payload))
-            elif kind == worker.LARGE:
-                run.listener.returned()
-                self._waiting.append(run)
             else:
                 self._finish(run, ending_of(kind, payload))
 

@@ -9,8 +9,6 @@ four bytes, and as many bytes.
                                        <──   START: the thread runs, and blame begins
                                        <──   PROGRESS, also with a value to keep
     KEPT: nothing, or why it was not   ──>
-                                       <──   LARGE, before a result over LARGE_BYTES
-    KEPT: there is room for it         ──>
                                        <──   RESULT or ERROR
 
 It also holds what every way to run an analysis shares: the loader, the `job` object, and the JSON
@@ -48,7 +46,7 @@ from typing import Any
 START = b"s"
 
 #: Kinds of frames.
-PROGRESS, KEPT, LARGE, RESULT, ERROR = b"p", b"k", b"l", b"r", b"e"
+PROGRESS, KEPT, RESULT, ERROR = b"p", b"k", b"r", b"e"
 
 #: What a worker says when it can serve. Any other line says why it cannot.
 READY = b"\n"
@@ -64,9 +62,6 @@ MAX_NOTE, MAX_MESSAGE, MAX_FRAMES = 200, 2000, 30
 
 #: Bytes of JSON that one job may keep, and that it may return.
 MAX_KEPT_BYTES, MAX_RESULT_BYTES = 1024**2, 64 * 1024**2
-
-#: A result of more bytes is sent when the service has room for it.
-LARGE_BYTES = 1024**2
 
 #: Levels of arrays and objects in a result.
 MAX_DEPTH = 128
@@ -458,9 +453,6 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
         job_id.set(job.id)
         kind, payload = run(analyze, _read(connection, body_size), job)
         with job.lock:  # a report that is under way is waited for
-            if len(payload) > LARGE_BYTES:
-                send(connection, LARGE, b"")
-                _read(connection, FRAME.size)
             send(connection, kind, payload)
 
 

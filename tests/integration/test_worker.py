@@ -92,9 +92,6 @@ def test_a_job_begins_and_ends_with_its_result(connect, size):
     connection = connect(echo, json.dumps({"data": "x" * size}).encode())
 
     assert exactly(connection, 1) == worker.START
-    if size:
-        assert read(connection) == (worker.LARGE, b"")
-        worker.send(connection, worker.KEPT, b"")
     assert read(connection) == (worker.RESULT, b'"' + b"x" * size + b'"')
     assert connection.recv(1) == b""
 
