@@ -326,12 +326,10 @@ class Service:
         if not self._is_running:
             self._executor.close()
             return 0
-        try:
-            waiting = self.runner.drain(self.config.drain_seconds)
-        except JournalError:  # logged where it was seen; the next start reads the disk
-            return EXIT_LOST
+        self.runner.drain(self.config.drain_seconds)
         self.server.stop()
         self._executor.close()
+        waiting = sum(n for state, n, _ in self.journal.census() if state != State.UNDELIVERED)
         self.journal.close()
         log.info("drain ended", extra={"will_resume": waiting})
         return EXIT_WAITING if waiting else 0
@@ -367,7 +365,7 @@ def _start(service: Service, settings: Config) -> None:
         _greet(service, settings)
     except (ConfigError, JournalError) as exc:
         if not service.is_stopping:
-            _refuse(exc)
+            _refuse(exc, EXIT_REFUSED if isinstance(exc, ConfigError) else EXIT_LOST)
     except BaseException:
         log.exception("service not started")
         _exit(EXIT_LOST)
@@ -383,10 +381,9 @@ def _stop(service: Service) -> None:
         _exit(code)
 
 
-def _refuse(exc: Exception) -> NoReturn:
-    with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
-        print(exc, file=sys.stderr, flush=True)
-    _exit(EXIT_REFUSED)
+def _refuse(exc: Exception, code: int = EXIT_REFUSED) -> NoReturn:
+    logs.say(exc, sys.stderr)
+    _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
@@ -471,8 +468,7 @@ def _greet(service: Service, settings: Config) -> None:
         f"Try it{hint}: curl {service.base_url}/process{token} -H 'Content-Type: application/json' "
         f"""-d '{{"data": {data}}}'"""
     )
-    with contextlib.suppress(OSError, ValueError):  # whoever started it may no longer listen
-        print(text, flush=True)
+    logs.say(text)
     if is_local(settings.host):
         return
     if not settings.api_token:
@@ -483,7 +479,7 @@ def _greet(service: Service, settings: Config) -> None:
 
 def _print_to_terminal(text: str) -> None:
     if sys.stdout and sys.stdout.isatty():  # it is None when descriptor 1 was closed
-        print(text, flush=True)
+        logs.say(text)
 
 
 def _parser() -> argparse.ArgumentParser:

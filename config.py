@@ -45,7 +45,9 @@ def duration(text: str) -> float:
     """Return the seconds of a text such as `15s`."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)", text)
     seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    return _checked(seconds, 0 < seconds <= _MAX_SECONDS, "a duration such as 15s or 5m")
+    return _checked(
+        seconds, 0 < seconds <= _MAX_SECONDS, "a duration such as 15s or 5m, up to 3650d"
+    )
 
 
 def timeout(text: str) -> float | None:
@@ -66,7 +68,9 @@ def size(text: str) -> int:
     """Return the bytes of a text such as `1MiB`."""
     match = re.fullmatch(r"([0-9]{1,10})(B|KiB|MiB|GiB)?", text)
     size_bytes = int(match[1]) * _BYTES[match[2] or ""] if match else 0
-    return _checked(size_bytes, 0 < size_bytes <= _MAX_BYTES, "a size such as 64KiB or 1MiB")
+    return _checked(
+        size_bytes, 0 < size_bytes <= _MAX_BYTES, "a size such as 64KiB or 1MiB, up to 1GiB"
+    )
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -216,7 +220,7 @@ def load() -> Config:
 
     Raises:
         ConfigError: One line for each wrong variable, such as
-            POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m.
+            POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m, up to 3650d
     """
     problems, values = list(_unknown()), {}
     for setting in fields(Config):
@@ -277,13 +281,17 @@ def _read(name: str, spec: Mapping[str, Any]) -> Any:
 
 
 def _secret(name: str) -> str:
-    path = os.environ.get(f"{name}_FILE")
+    text, path = os.environ.get(name, ""), os.environ.get(f"{name}_FILE")
+    if text and path:
+        raise ValueError(f"{name} and {name}_FILE are both set: leave out one")
     try:
         # An empty file is a mistake that must not open the service to everybody.
-        text = Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get(name, "")
+        text = Path(path).read_text(encoding="utf-8").strip() if path else text
         return _checked(text, text or not path, "a secret")
     except (OSError, ValueError) as exc:
-        raise ValueError(f"{name}_FILE: expected a readable file that contains the secret") from exc
+        why = getattr(exc, "strerror", None) or "it is empty or not UTF-8"
+        expected = "expected a readable file that contains the secret"
+        raise ValueError(f"{name}_FILE: {expected}: {why}") from exc
 
 
 def _unknown() -> Iterator[str]:

@@ -471,8 +471,8 @@ class WorkerExecutor(Executor):
         for run in [*one.runs]:
             while self._hear(run):  # what it has sent before
                 pass
-        is_asked = one.is_stale or self._draining.is_set()
-        if problem and (one.is_needed or not is_asked):
+        is_asked = self._draining.is_set() or (one.is_stale and not one.is_needed)
+        if problem and not is_asked:
             self._refuse(problem)
         elif not problem:
             level = logging.INFO if is_asked else logging.WARNING

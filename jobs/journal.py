@@ -88,16 +88,23 @@ class Journal(Storage):
               FROM chosen CROSS JOIN jobs USING (seq) CROSS JOIN payloads USING (seq)
               LEFT JOIN kept USING (seq)"""
         move = """
-            UPDATE jobs SET state = 'running', starts = starts + 1, started_at = :now
+            UPDATE jobs SET state = 'running', starts = starts + 1,
+                            started_at = iif(alone = 0, :now, NULL)
              WHERE seq = :seq"""
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
-        moved = {"state": State.RUNNING, "started_at": now}
+        moved = {"state": State.RUNNING, "started_at": None}
         with self.transaction():
             rows = self._fetch(choose, **limits)
             for row in rows:
                 self._write(move, seq=row["seq"], now=now)
             jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
             return [(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
+
+    def begin(self, job_id: str, *, now: datetime) -> None:
+        """Note that a job begins, which waited for a worker of its own."""
+        statement = "UPDATE jobs SET started_at = :now WHERE id = :id AND state = 'running'"
+        with self.transaction():
+            self._write(statement, id=job_id, now=now)
 
     def keep(self, job_id: str, value: str) -> None:
         """Store what a running analysis wants to find when it is started again.
@@ -294,9 +301,9 @@ class Journal(Storage):
         """
         count = """
             UPDATE jobs SET interrupted = interrupted + (SELECT NOT planned_stop FROM service)
-             WHERE state = 'running'"""
+             WHERE state = 'running' AND started_at IS NOT NULL"""
         put_back = """
-            UPDATE jobs SET state = 'accepted',
+            UPDATE jobs SET state = 'accepted', starts = starts - (started_at IS NULL),
                             alone = CASE WHEN interrupted >= :alone_from THEN 2 ELSE alone END
              WHERE state = 'running' AND interrupted < :max_interrupted"""
         limits = {"alone_from": model.ALONE_FROM, "max_interrupted": model.MAX_INTERRUPTED}
@@ -321,13 +328,6 @@ class Journal(Storage):
         with self.transaction():
             self._write(attempts, latest=latest)
             self._write(starts, latest=latest)
-
-    def count_unfinished(self) -> int:
-        """Return how many jobs are not `delivered` or `undelivered`."""
-        unfinished = (
-            "SELECT count(*) FROM jobs WHERE state IN ('accepted', 'running', 'delivering')"
-        )
-        return int(self._read(unfinished)[0][0])
 
     def prune(self, *, before: datetime, received_before: datetime, limit: int) -> int:
         """Remove at most `limit` jobs, and as many received postbacks, that are older than these.

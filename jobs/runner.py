@@ -22,7 +22,7 @@ from typing import Any
 from config import Config
 from jobs import model
 from jobs.dask_executor import DaskExecutor
-from jobs.errors import JournalError, JournalLost, Refusal
+from jobs.errors import JournalError, Refusal
 from jobs.executor import Listener, WorkerExecutor
 from jobs.journal import Journal
 from jobs.model import Outcome, State
@@ -119,6 +119,7 @@ class Runner:
         self._is_crowded = False  # a due attempt waits until another one ends
         self._is_draining = False
         self._drained = threading.Event()  # the drain has ended
+        self._resending = threading.Lock()  # held by the one that resends all
         # When the loop looks for each kind of work, by the monotonic clock.
         self._attempts_at = self._starts_at = self._prune_at = self._tick_at = self._work_at = 0.0
         self._times_out_at, self._rests_until = math.inf, 0.0
@@ -199,13 +200,18 @@ class Runner:
         The loop must not call it, because it waits between two batches.
         """
         now, resent = self._clock(), 0
-        while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
-            resent += count
-            self._writer.hand_over(lambda: None, lambda _: self._look_for_attempts(0.0))
-            self._wake()
-            if self._drained.wait(BATCH_PAUSE_SECONDS):
-                break
-        self._journal.probe(durable=True)
+        if not self._resending.acquire(blocking=False):  # or they could take every thread
+            raise _unavailable("Busy", "Another resend is under way: send it again later.")
+        try:
+            while count := self._journal.resend_undelivered(since=since, now=now, limit=BATCH):
+                resent += count
+                self._writer.hand_over(lambda: None, lambda _: self._look_for_attempts(0.0))
+                self._wake()
+                if self._drained.wait(BATCH_PAUSE_SECONDS):
+                    raise _unavailable("Stopping", f"{resent} are marked: send it again later.")
+            self._journal.probe(durable=True)
+        finally:
+            self._resending.release()
         return resent
 
     def run_of(self, job_id: str) -> Run | None:
@@ -222,16 +228,13 @@ class Runner:
         if failure := self._journal.failure or self._writer.failure:
             raise failure
         if text := self._executor.failure():
-            raise _unavailable("No worker", f"{text} Jobs are accepted, and wait.")
+            raise _unavailable("No worker", f"{text.rstrip('.')}. Jobs are accepted, and wait.")
 
-    def drain(self, seconds: float) -> int:
+    def drain(self, seconds: float) -> None:
         """Stop: let what runs end and be posted once, and leave the rest in the journal.
 
         Args:
             seconds: How long to wait for what is under way.
-
-        Returns:
-            How many jobs wait for the next start.
         """
         self._executor.drain()  # at once: whoever stops the service may have ended the workers, too
         with contextlib.suppress(JournalError):  # it was logged; what runs may still end
@@ -241,7 +244,6 @@ class Runner:
         self._drained.wait(seconds)
         self._drained.set()
         self._journal.plan_stop()  # again, because it may have failed
-        return self._journal.count_unfinished()
 
     def _refuse(self) -> None:
         limit = self._config.max_pending
@@ -271,8 +273,6 @@ class Runner:
             if now >= self._work_at:
                 self._work_once(now)
             self._sender.transport.work()
-        except JournalLost:
-            self._work_at = math.inf  # the process is about to end
         except Exception as exc:
             self._attempts_at = 0.0  # what was looked for may still be due
             self._work_at = time.monotonic() + RETRY_SECONDS
@@ -375,7 +375,8 @@ class Runner:
         under_way = {run.job.receiver for run in self._runs.values()}
         self._failing &= under_way.union(receiver for receiver, _ in receivers)
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
-        for receiver, due_at in receivers:
+        # Those that fail come last, or they could take every place.
+        for receiver, due_at in sorted(receivers, key=lambda one: one[0] in self._failing):
             seconds = max((due_at - now).total_seconds(), self._held_seconds(receiver))
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
@@ -443,7 +444,10 @@ class Runner:
             self._give_up(run, exc)
 
     def _note_start(self, run: Run) -> None:
-        run.started_at = self._clock()
+        run.started_at = now = self._clock()
+        if run.job.alone:
+            begin = functools.partial(self._journal.begin, run.job.id, now=now)
+            self._writer.hand_over(begin, lambda _: None)
         if timeout := self._config.job_timeout_seconds:
             self._limit(run, timeout)
 
@@ -481,8 +485,6 @@ class Runner:
         error, schedule = given.error or {}, self._config.analysis_schedule_seconds
         # Never the message, which may contain data.
         facts = {"type": error.get("type"), "frames": "; ".join(given.frames) or None}
-        if log.isEnabledFor(logging.DEBUG):
-            facts["error"] = error.get("message")
         log.warning("analysis failed", extra=job.facts | facts)
         if not given.may_run_again or job.failures >= len(schedule):
             return None
@@ -589,8 +591,9 @@ class Runner:
         (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:
-            facts: dict[str, Any] = {"attempt": attempt.number, "status_code": attempt.status_code}
-            facts |= {"error": attempt.error, "next_in_seconds": attempt.seconds_until_next}
+            facts: dict[str, Any] = {"attempt": attempt.number, "receiver": job.receiver or None}
+            facts |= {"status_code": attempt.status_code, "error": attempt.error}
+            facts |= {"next_in_seconds": attempt.seconds_until_next}
             log.warning("attempt failed", extra=job.facts | facts)
         if attempt.seconds_until_next is not None:
             self._look_for_attempts(attempt.seconds_until_next)

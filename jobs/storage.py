@@ -6,6 +6,7 @@ so a listing neither waits for a commit nor delays one.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -47,6 +48,8 @@ LOST = (
 
 #: Seconds to wait for another program that writes to the file.
 BUSY_SECONDS = 1.0
+
+_OTHER_VERSION = "start that one, or name another file, without the jobs that wait in this one"
 
 #: In the lock file, after the pid: this journal was opened before.
 _SINCE = " since "
@@ -110,6 +113,7 @@ class Storage:
 
         Raises:
             ConfigError: It is in use, damaged, not ours, of another version, or not writable.
+            JournalError: The disk is full.
         """
         try:
             if not self._path.parent.is_dir():
@@ -125,6 +129,8 @@ class Storage:
             self.close()
             if isinstance(exc, ConfigError):
                 raise
+            if "SQLITE_FULL" in vars(exc).values() or getattr(exc, "errno", 0) == errno.ENOSPC:
+                raise JournalError(f"The journal {self._path} cannot be opened: {exc}.") from exc
             raise self._refusal(f"cannot be opened: {exc}") from exc
 
     def close(self) -> None:
@@ -282,10 +288,12 @@ class Storage:
         # SQLite goes on writing to files that were removed.
         found = self._look_at_files()
         if self._inodes not in ([], found):
-            raise self._lost(f"The journal {self._path}, its -wal or -shm was removed or replaced.")
+            text = "its -wal, its -shm or its .lock was removed or replaced"
+            raise self._lost(f"The journal {self._path}, {text}.")
 
     def _look_at_files(self) -> list[tuple[int, int]]:
-        return [(status.st_dev, status.st_ino) for status in self._stat("", "-wal", "-shm")]
+        found = self._stat("", "-wal", "-shm", ".lock")
+        return [(status.st_dev, status.st_ino) for status in found]
 
     def _stat(self, *suffixes: str) -> list[os.stat_result]:
         """Return the status of those of the files that are there."""
@@ -320,7 +328,7 @@ class Storage:
         if not is_new and value("PRAGMA application_id") != APPLICATION_ID:
             raise self._refusal("is a database of another program: name another file")
         if not is_new and value("PRAGMA user_version") != SCHEMA_VERSION:
-            raise self._refusal("was written by another version of Postback: name another file")
+            raise self._refusal(f"was written by another version of Postback: {_OTHER_VERSION}")
         for name, wanted in PRAGMAS.items():
             connection.execute(f"PRAGMA {name} = {wanted}")
             if (got := value(f"PRAGMA {name}")) != wanted:

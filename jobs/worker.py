@@ -18,7 +18,6 @@ encoder that names the place of what is not JSON.
     python -P jobs/worker.py analyze <file>
 """
 
-import _thread
 import contextvars
 import fcntl
 import importlib
@@ -29,6 +28,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import traceback
+from _thread import start_new_thread  # before the analysis could replace it
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import partial, reduce
@@ -165,7 +166,7 @@ class Job:
             is_fit = 0 <= fraction < 1.000001  # a sum of tenths may be a little more than 1
         if not is_fit:
             raise ValueError(f"fraction must be a number from 0 to 1, but it is {fraction!r}")
-        fraction = min(round(float(fraction), 6), 1.0)
+        fraction, note = min(round(float(fraction), 6), 1.0), _clean(str(note), MAX_NOTE)
         if os.getpid() != self._pid:
             raise RuntimeError("job.progress works only in the process that runs the analysis")
         with self.lock:
@@ -173,7 +174,7 @@ class Job:
                 return
             self._next_at = time.monotonic() + PROGRESS_SECONDS
             try:
-                self._report(fraction, _clean(str(note), MAX_NOTE), kept)
+                self._report(fraction, note, kept)
             except OSError:  # the service has hung up
                 if kept is not None:
                     raise RuntimeError("The job has ended, so nothing can be kept.") from None
@@ -385,18 +386,14 @@ def run(analyze: Callable[[Any, Job], Any], body: bytes, job: Job) -> tuple[byte
 
 def _error(exc: BaseException, kind: str | None = None) -> bytes:
     """Return the payload of an ERROR frame. Only what the analysis raised may run again."""
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    try:
-        message = str(exc)
-    except BaseException:  # noqa: BLE001 - an exception of the user's may not even print
-        message = "(its message cannot be read)"
-    facts = {
-        "kind": kind or type(exc).__name__,
-        "message": _clean(message, MAX_MESSAGE),
-        "frames": _places(exc)[-MAX_FRAMES:],
-        "may_run_again": kind is None,
-    }
+    facts: dict[str, Any] = {"kind": kind or "Exception", "may_run_again": kind is None}
+    facts |= {"message": "(its message cannot be read)", "frames": []}
+    with suppress(BaseException):  # an exception of the user's may not even print
+        while isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        facts["kind"] = kind or _clean(type(exc).__name__, MAX_NOTE)
+        facts["frames"] = _places(exc)[-MAX_FRAMES:]
+        facts["message"] = _clean(str(exc), MAX_MESSAGE)
     return json.dumps(facts).encode()
 
 
@@ -476,8 +473,9 @@ def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
                 low, number = number, fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)  # noqa: PLW2901
                 os.close(low)
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, number)
+            connection.settimeout(None)  # the analysis may have set a default
             try:  # a threading.Thread costs 0.1 ms more, because it waits until the thread runs
-                _thread.start_new_thread(_work, (connection, analyze))
+                start_new_thread(_work, (connection, analyze))
             except RuntimeError:  # there are too many threads: the service loads another worker
                 connection.close()
 
@@ -521,6 +519,8 @@ def _end_with_service(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+        if select.select([lifeline], [], [], 0)[0]:  # it has ended before
+            os._exit(0)
 
 
 def _add_job_ids() -> None:
@@ -563,8 +563,11 @@ def _main(descriptor: str, log_level: str, name: str) -> None:
     _leave_nothing_inherited()
     _find_modules()
     _add_job_ids()
+    pid = os.getpid()
     try:
         analyze = load(name)
+        if os.getpid() != pid:  # a fork of the module came back
+            os._exit(70)
     except LoadError as exc:
         control.sendall(" ".join(str(exc).split()).encode(errors="replace") + b"\n")
         sys.exit(78)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jobs.errors import JournalError, JournalLost, Refusal
+from jobs.errors import JournalError, Refusal
 from jobs.journal import Journal
 
 #: After so many seconds no more writes are tried alone, as when another program locks the journal.
@@ -63,9 +63,6 @@ class Writer:
 
         Args:
             retry: Try again, too, what failed before.
-
-        Raises:
-            JournalLost: The journal can no longer be trusted.
         """
         if retry:
             self.waiting.extendleft(reversed(self.failed))
@@ -88,8 +85,6 @@ class Writer:
                 self.failure = answer
             else:
                 _tell(one, answer)
-        if isinstance(self.failure, JournalLost):
-            raise self.failure
 
     def _write_alone(self, one: _Write, deadline: float) -> Any:
         if time.monotonic() > deadline:

@@ -4,6 +4,7 @@ Lines go to standard error. No payload, result, token or secret is ever given to
 is a happening too: a line of the logger `postback.access`.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -60,6 +61,12 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # It has a warning for each request that waits for a thread.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Print a text, by default to standard output, whether or not anybody reads it."""
+    with contextlib.suppress(OSError, ValueError):  # it may be closed
+        print(text, file=stream, flush=True)
 
 
 def answered(answer: Answer) -> None:

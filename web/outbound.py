@@ -109,10 +109,11 @@ _OPTIONS: dict[int, object] = {
     322: 1,
 }
 
-# What the operator reads for an error code of libcurl. Of libcurl's own texts, only those about TLS
+# What the operator reads for an error code of libcurl. pycurl has no names for 61
+# (BAD_CONTENT_ENCODING) and 100 (TOO_LARGE). Of libcurl's own texts, only those about TLS
 # never contain the URL with its query.
 _TLS = (pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE)
-_NOT_HTTP = (pycurl.E_UNSUPPORTED_PROTOCOL, pycurl.E_FTP_WEIRD_SERVER_REPLY, 100)  # 100: TOO_LARGE
+_NOT_HTTP = (pycurl.E_UNSUPPORTED_PROTOCOL, pycurl.E_FTP_WEIRD_SERVER_REPLY, 61, 100)
 _PHRASES = {
     pycurl.E_OPERATION_TIMEDOUT: "no answer within {timeout:g} s",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name could not be resolved",
@@ -271,7 +272,8 @@ class _Request(pycurl.Curl):  # type: ignore[misc]
             return "the connection was closed within the header of the answer"
         number = self.getinfo(pycurl.OS_ERRNO)
         system = os.strerror(number) if number else f"error {code} of libcurl"
-        phrase = _PHRASES.get(code, "the connection failed: {system}")
+        other = "TLS failed: {text}" if "SSL" in text else "the connection failed: {system}"
+        phrase = _PHRASES.get(code, other)
         return phrase.format(timeout=self.timeout, text=text, system=system)
 
 
@@ -323,6 +325,15 @@ class _Group:
         address of the host is refused and noted. If all are public, the request is begun again.
         """
         self.used_at, answer = time.monotonic(), request.answer(code, text)
+        is_kept = not request.getinfo(pycurl.NUM_CONNECTS)
+        if is_kept and (code in _NOT_HTTP or request.getinfo(pycurl.RESPONSE_CODE) == 408):
+            # What was read was no answer to this request: it lay on a kept connection, which the
+            # receiver was about to close (RFC 9110, section 15.5.9).
+            request.head.clear()
+            request.body.clear()
+            request.setopt(pycurl.FRESH_CONNECT, 1)
+            self.begin(request)
+            return
         if code and not all(map(is_public, request.asked)):
             answer = _refused("The address of the host is not public.")
         elif code and not request.head and not request.asked <= request.approved:
@@ -383,7 +394,9 @@ class Transport:
             public_only: Whether every address of the host must be public.
         """
         own = _Request(then, self._timeout)
-        lines = ["Expect:", *(f"{name}: {text}" for name, text in request.headers.items())]
+        named = request.headers.items()
+        # libcurl would leave out a header that is written with a colon and without a value.
+        lines = ["Expect:", *(f"{name}: {text}" if text else f"{name};" for name, text in named)]
         options: dict[int, Any] = {
             **self._options,
             pycurl.URL: request.url,
@@ -461,7 +474,9 @@ def _listed(entry: str) -> str:
     except errors.Refusal as exc:
         why = exc.detail
     shown = re.sub(r"//.*@", "//***@", entry)
-    raise ValueError(f"{shown!r}: expected an origin such as https://example.com:8443. {why}")
+    raise ValueError(
+        f"{shown!r}: expected origins such as https://example.com:8443 and spaces. {why}"
+    )
 
 
 def _refused(detail: str) -> errors.Refusal:

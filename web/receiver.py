@@ -93,7 +93,9 @@ def main() -> None:
     """Run a receiver alone, until a signal stops it."""
     parser = argparse.ArgumentParser(prog="./run receiver", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8081, help="0 is any free one")
+    parser.add_argument(
+        "--port", type=config.whole(0, 65535), default="8081", help="0 is any free one"
+    )
     parser.add_argument("--journal", type=Path, default=Path("received.db"))
     options = parser.parse_args()
     # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
@@ -112,7 +114,7 @@ def main() -> None:
     server.start(application, lambda: journal.transaction(durable=True), prune)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{server.port}/postprocessed"
-    _print(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}")
+    logs.say(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}")
     signal.sigwait(SIGNALS)
     server.stop()
     journal.close()
@@ -122,7 +124,7 @@ def _application(host: str, journal: Journal, settings: config.Config) -> Applic
     secrets, tokens = settings.postback_secret, settings.api_token
     if not (is_local(host) or secrets):
         log.warning("anyone can post results: set POSTBACK_SECRET", extra={"host": host})
-    receiver = Receiver(journal, secrets=secrets, max_body_bytes=MAX_BODY_BYTES, show=_print)
+    receiver = Receiver(journal, secrets=secrets, max_body_bytes=MAX_BODY_BYTES, show=logs.say)
     application = Application(tokens, frozenset() if is_local(host) and not tokens else None)
     application.serve("POST", "/postprocessed", receiver.receive, open_to_all=True)
     application.serve("GET", "/postprocessed", lambda: receiver.listing(limit=50))
@@ -144,11 +146,6 @@ def _pruning(journal: Journal, settings: config.Config) -> Callable[[], float]:
         return PRUNE_SECONDS
 
     return prune
-
-
-def _print(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
-        print(text, flush=True)
 
 
 def _check_event(body: bytes) -> None:

@@ -30,6 +30,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import BadRequest
 
 from jobs import errors, model
 from web import intake, logs
@@ -41,6 +42,9 @@ SHORT_BYTES = 64 * 1024
 #: Bytes that are read from a connection in one turn, and that waitress parses at once unless they
 #: are only a body: it takes quadratic time.
 READ_BYTES, PIECE_BYTES = 16 * 1024, 2 * 1024
+
+#: Of the line before a chunk, and of the trailer behind the last one. It takes quadratic time, too.
+MAX_LINE_BYTES = 8 * 1024
 
 #: Answers that wait for one commit.
 MAX_TURN = 64
@@ -348,7 +352,9 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     def ask(self) -> None:
         """Have the application answer. Nothing is sent yet."""
-        if error := self.request.error:  # found by waitress
+        if error := self.request.error:
+            if isinstance(error, errors.Refusal):
+                raise error
             detail = _DETAILS.get(error.code, error.body)
             raise errors.Refusal(error.code, error.reason, detail)
         environ = self.get_environment()
@@ -430,6 +436,22 @@ class _Task(WSGITask):  # type: ignore[misc]
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
     """Reads a request, and refuses what waitress would answer wrongly or not at all."""
 
+    def received(self, data: bytes) -> int:
+        """Read a part of a request, and return how many bytes of it."""
+        try:
+            size: int = super().received(data)
+        except OSError as exc:  # there is no room for a large body, which is kept in a file
+            detail = f"The body could not be stored ({exc.strerror}): send it again later."
+            self.error = errors.Refusal(503, "No room", detail, retry_after_seconds=5)
+            self.completed, size = True, len(data)
+        chunks = self.body_rcv if self.chunked else None
+        if chunks is not None:
+            self.body_bytes_received = len(chunks)  # without what is between them
+            if max(len(chunks.control_line), len(chunks.trailer)) > MAX_LINE_BYTES:
+                self.error = BadRequest("A line between two chunks, or the trailer, is too long.")
+                self.completed = True
+        return size
+
     def parse_header(self, header_plus: bytes) -> None:
         """Read the request line and the headers."""
         try:
@@ -438,8 +460,10 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("The path or the Content-Length is not valid.") from exc
         if "TRANSFER_ENCODING" in self.headers:  # RFC 9112, section 6.1
             raise ParsingError("Transfer-Encoding needs HTTP/1.1.")
-        if "close" in re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower()):
-            self.headers["CONNECTION"] = "close"  # one of several options (section 9.6)
+        options = re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower())
+        is_ambiguous = self.chunked and "CONTENT_LENGTH" in self.headers  # section 6.3
+        if is_ambiguous or "close" in options:  # one of several (section 9.6)
+            self.headers["CONNECTION"] = "close"
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
@@ -477,7 +501,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     def readable(self) -> bool:
         """Return whether the loop waits for bytes from this connection."""
-        waits = bool(super().readable())
+        waits = bool(self.connected and super().readable())
         if waits and self.server.silent:
             self.server.silent.add(self)
             waits = False
@@ -486,7 +510,8 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def handle_write(self) -> None:
         """Send. When the last answer was sent, linger before the connection is closed."""
         is_last = self.close_when_flushed  # a thread may set it meanwhile
-        self._flush_exception(self._flush_some_if_lockable)
+        if not self.will_close:
+            self._flush_exception(self._flush_some_if_lockable)
         if self.will_close:
             self.handle_close()
         elif is_last and not self.total_outbufs_len:

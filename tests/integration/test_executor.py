@@ -228,6 +228,31 @@ def test_a_job_that_has_ended_is_not_to_blame(start):
     assert Call(one, "sleep", 10).wait().outcome == "crashed"
 
 
+def test_the_end_of_a_worker_is_a_warning_unless_the_service_wanted_it(one, caplog, tmp_path):
+    caplog.set_level("INFO")
+    hung = Call(one, "hang", str(tmp_path / "go"), **SHARED)
+    mark(hung, tmp_path / "go")
+    hung.stop()
+    poll(lambda: "worker ended" in caplog.messages, "the end of its worker")
+    assert Call(one, "end_process", "exit 3", **SHARED).error()
+
+    ended = [record for record in caplog.records if record.message == "worker ended"]
+    told = [(record.levelname, record.ending) for record in ended]
+    assert told == [("INFO", None), ("WARNING", "exit code 3")]
+
+
+def test_a_module_that_forks_when_it_is_imported_runs_once(own, start):
+    own("import os; os.fork()\ndef run(data): return 1")
+
+    assert Call(start(None, "own_analysis:run"), "", 0).result() == 1
+
+
+def test_an_analysis_may_replace_how_threads_start(own, start):
+    own("import _thread; del _thread.start_new_thread\ndef run(data): return 1")
+
+    assert Call(start(None, "own_analysis:run"), "", 0).result() == 1
+
+
 def test_an_analysis_that_ends_its_worker_politely_does_so_only_twice(one):
     assert Call(one, "terminate", 0).wait() == model.Again(is_alone=True)
     assert "signal 15 (Terminated)" in Call(one, "terminate", 0, **SHARED).error()

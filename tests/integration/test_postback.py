@@ -199,6 +199,12 @@ def test_headers_of_the_caller_and_of_the_operator_are_sent_too(sender_with, rec
     assert (headers["traceparent"], headers["x-request-id"]) == ("00-1-2-01", "r")
 
 
+def test_a_header_without_a_value_is_sent(sender_with, receiver):
+    attempt(sender_with(receiver.url, headers={"X-Empty": ""}))
+
+    assert receiver.wait_for(1)[0].headers["x-empty"] == ""
+
+
 def test_f19_nothing_of_the_environment_is_used(sender_with, receiver, monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
     for name in ("http_proxy", "ALL_PROXY"):
@@ -533,6 +539,25 @@ def test_i19_a_connection_that_is_closed_at_the_next_request_costs_no_attempt(se
 
     assert made == [True, True]
     assert [request.connection for request in receiver.wait_for(3)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("left", [b"ok", b"HTTP/1.1 408 Late\r\nContent-Length: 0\r\n\r\n"])
+def test_what_lies_on_a_kept_connection_is_no_answer(sender, receiver, left):
+    sent = threading.Event()
+
+    def answer_and_more(conn, request):
+        conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+        sent.wait(5)
+        conn.sendall(left)
+        sent.clear()
+
+    receiver.answers = [answer_and_more]
+    assert attempt(sender).delivered
+    sent.set()
+    poll(lambda: not sent.is_set(), "more than an answer")
+
+    assert attempt(sender).delivered
+    assert receiver.wait_for(2)[-1].connection == 2
 
 
 def test_i19_what_receivers_have_closed_does_not_stay_half_open(sender, receiver, monkeypatch):

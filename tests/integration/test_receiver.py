@@ -255,3 +255,12 @@ def test_alone_it_refuses_wrong_settings_in_one_line(tmp_path):
     with alone(tmp_path, POSTBACK_SECRET="changeme") as (_, process):
         assert process.wait(10) == 78
         assert process.stderr.read().startswith("POSTBACK_SECRET=***: expected whsec_")
+
+
+def test_alone_it_refuses_a_port_that_is_none():
+    command = [sys.executable, "-m", "web.receiver", "--port=99999"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "argument --port: invalid" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -287,7 +287,8 @@ def named():
         (post(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * 100), True),
         (post(b"x" * (server.SHORT_BYTES + 1)), False),
-        (chunked(b"x" * server.SHORT_BYTES), False),
+        (chunked(b"x" * server.SHORT_BYTES), True),
+        (chunked(b"x" * (server.SHORT_BYTES + 1)), False),
         (post(path="/x"), False),
     ],
 )
@@ -508,6 +509,28 @@ def test_a_caller_that_asks_for_more_than_it_reads_is_cut_off(serve, impatient, 
         gone(service)
 
     assert len(service.answers) < 50
+
+
+def test_a_body_that_finds_no_room_on_the_disk_is_a_503(process, monkeypatch):
+    large = post(b"x" * (MAX_BODY + server.HEADROOM_BYTES - 1))
+    monkeypatch.setattr(tempfile, "tempdir", "/does/not/exist")
+    monkeypatch.setattr(process.server.adj, "inbuf_overflow", 1)
+
+    code, headers, body = exchange(process, large)
+
+    assert (code, headers["Retry-After"]) == (503, "5")
+    assert "could not be stored (No such file or directory)" in detail(body)
+
+
+def test_a_caller_that_never_reads_is_cut_off_without_an_error(serve, impatient, caplog):
+    service = serve({"/x": lambda: b"x" * 1_000_000})
+    with connected(service) as (conn, _):
+        conn.sendall(get("/x") * 9)
+        service.wait_for(9)
+        gone(service)
+
+    assert exchange(service, LIVEZ)[0] == 200
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /process HT", post(length=100), get("/x")])

@@ -329,6 +329,7 @@ def test_a_read_can_find_that_the_journal_is_lost(opened):
 ACTS: dict[str, Callable[[Path], object]] = {
     "log removed": lambda path: Path(f"{path}-wal").unlink(),
     "shared memory removed": lambda path: Path(f"{path}-shm").unlink(),
+    "lock removed": lambda path: Path(f"{path}.lock").unlink(),
     "directory renamed": lambda path: path.parent.rename(f"{path.parent}.old"),
 }
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 
@@ -14,7 +15,7 @@ import pytest
 
 import app
 import postback
-from jobs import executor, runner
+from jobs import executor, model, runner
 from jobs.errors import JournalError
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
@@ -22,8 +23,9 @@ from jobs.model import Again
 from jobs.runner import Runner
 from jobs.writer import Writer
 from tests.conftest import ACT
-from tests.harness import ROOT, act, environment, failing, poll, refusal
+from tests.harness import ROOT, Caller, act, environment, failing, poll, refusal
 from tests.integration.test_executor import SHARED, Call, Loop
+from tests.receiver import Receiver
 from web import outbound
 
 
@@ -199,6 +201,63 @@ def test_a_receiver_that_fails_is_known_while_its_attempts_are_under_way(start_h
     released.set()
 
     assert due.count(None) == runner.MAX_PER_FAILING_RECEIVER - 1
+
+
+def test_receivers_that_fail_come_after_one_that_does_not(start_hasty, monkeypatch):
+    monkeypatch.setattr(runner, "MAX_ATTEMPTS", 1)
+    released, ended = threading.Event(), threading.Event()
+    with Receiver() as first, Receiver() as second:
+        bad, good = sorted((first, second), key=lambda one: one.origin)  # as the journal does
+        bad.default = lambda *_: 500 if released.wait(20) else None
+        service = start_hasty(POSTBACK_ALLOW=f"{bad.origin} {good.origin}")
+        service.send(0, to=bad)
+        bad.wait_for(1)
+        for to in (bad, bad, good):
+            assert service.wait_for(service.send(1, to=to), "delivering")["next_attempt_at"]
+        bad.default = lambda *_: 500 if ended.wait(20) else None
+
+        released.set()
+
+        assert len(good.wait_for(1, timeout=3)) == len(bad.requests) == 1
+        ended.set()
+
+
+def test_one_resend_of_all_is_made_at_a_time_and_says_when_a_stop_cut_it_short(
+    start_hasty, monkeypatch
+):
+    monkeypatch.setattr(runner, "BATCH", 1)
+    monkeypatch.setattr(runner, "BATCH_PAUSE_SECONDS", 20)
+    service = start_hasty(POSTBACK_URL="http://127.0.0.1:9/", POSTBACK_SCHEDULE="none")
+    for job_id in [service.send(n) for n in range(2)]:
+        service.wait_for(job_id, "undelivered")
+
+    def resend():
+        return Caller(service.base_url).post("/jobs/resend", json={"state": "undelivered"})
+
+    with ThreadPoolExecutor() as threads:
+        cut_short = threads.submit(resend)
+        poll(service.service.runner._resending.locked, "the first")
+        assert "Another resend" in refusal(resend(), 503)
+        service.service.runner._drained.set()
+
+        assert refusal(cut_short.result(20), 503) == "1 are marked: send it again later."
+
+
+def test_a_job_that_is_resent_during_the_stop_is_counted(start_hasty, monkeypatch):
+    service = start_hasty()
+    job_id = service.send(1)
+    service.wait_for(job_id)
+    server, journal = service.service.server, service.journal
+    stop = server.stop
+
+    def stop_late():
+        journal.resend(job_id, now=model.utc_now())
+        stop()
+
+    monkeypatch.setattr(server, "stop", stop_late)
+
+    assert service.stop() == app.EXIT_WAITING
+    service.start_again()
 
 
 @pytest.mark.parametrize(("name", "line"), [("claim", "runner failed"), ("record", "write failed")])
@@ -487,5 +546,5 @@ def test_a_stop_does_not_wait_for_a_journal_that_fails(start_hasty, gate):
     service.send(gate.data)
     gate.wait_for(1)
 
-    with failing(service.journal):
-        assert service.service.stop() == app.EXIT_LOST
+    with failing(service.journal), pytest.raises(JournalError):
+        service.service.stop()

@@ -1,6 +1,5 @@
 """A worker as the service sees it, frame by frame, and `./run analyze` as its user does."""
 
-import _thread
 import json
 import os
 import pty
@@ -47,7 +46,7 @@ def _start(target, arguments):
 @pytest.fixture
 def connect(monkeypatch):
     """Return a function that sends a job to a worker with an analysis; it runs in this process."""
-    monkeypatch.setattr(_thread, "start_new_thread", _start)
+    monkeypatch.setattr(worker, "start_new_thread", _start)
     controls: list[socket.socket] = []
     connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -59,6 +58,8 @@ def connect(monkeypatch):
         threads[-1].start()
         connection, far = socket.socketpair()
         connections.append(connection)
+        for one in (ours, theirs, connection):
+            one.settimeout(None)
         with far:
             socket.send_fds(ours, [b"j"], [far.fileno()])
         facts = {"id": "j1", "start": 1, "metadata": None, "kept": None}
@@ -129,6 +130,38 @@ def test_progress_returns_once_the_value_is_kept_or_raises(connect, answer, fram
     kind, payload = read(connection)
     assert kind == frame[0]
     assert frame[1] in payload
+
+
+def test_a_default_time_out_of_the_analysis_is_not_for_the_connection_to_the_service(connect):
+    socket.setdefaulttimeout(0.05)
+    try:
+        connection = connect(report)
+        assert exactly(connection, 1) == worker.START
+        assert [read(connection)[0] for _ in range(2)] == [worker.PROGRESS] * 2
+        threading.Event().wait(0.2)  # as when the journal is locked
+        worker.send(connection, worker.KEPT, b"")
+
+        assert read(connection) == (worker.RESULT, b"7")
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_a_worker_whose_service_has_ended_before_it_looks_ends_at_once():
+    ours, theirs = socket.socketpair()
+    arguments = [str(theirs.fileno()), "info", "tests.analyses:echo"]
+    with ours, theirs:
+        done = subprocess.run(
+            [sys.executable, "-P", worker.__file__, *arguments],
+            cwd=ROOT,
+            input=b"",
+            pass_fds=[theirs.fileno()],
+            process_group=0,
+            check=False,
+            timeout=20,
+        )
+        theirs.close()
+
+        assert (done.returncode, ours.recv(1)) == (0, b"")
 
 
 # ./run analyze

@@ -64,10 +64,10 @@ BAD = [
     ("DASK_SCHEDULER", "http://dask:8786", "tcp://"),
     ("DASK_SCHEDULER", "tcp://dask", "HOST:PORT"),
     ("DASK_UPLOAD", "/nowhere/analysis.py", "a .py, .zip or .egg file that exists"),
-    ("JOB_TIMEOUT", "5", "a duration such as 15s or 5m"),
+    ("JOB_TIMEOUT", "5", "a duration such as 15s or 5m, up to 3650d"),
     ("JOB_TIMEOUT", "0s", "a duration"),
     ("MAX_RUNNING", "1.5", "a whole number from 1 to 1000000"),
-    ("MAX_BODY", "0", "a size such as 64KiB or 1MiB"),
+    ("MAX_BODY", "0", "a size such as 64KiB or 1MiB, up to 1GiB"),
     ("MAX_BODY", "1MB", "a size"),
     ("RETENTION", "3651d", "a duration"),
     ("POSTBACK_URL", "ftp://example.com/", "http"),
@@ -156,7 +156,7 @@ def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
         "DASK_SCHEDULER: EXECUTOR=dask needs it, such as tcp://127.0.0.1:8786",
         "PORT='http': expected a whole number from 0 to 65535",
         "POSTBACK_RETRIES: there is no such setting. ./run serve --help lists them.",
-        "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m",
+        "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m, up to 3650d",
     ]
 
 
@@ -235,20 +235,31 @@ def test_a_header_that_is_ours_is_refused_by_name(monkeypatch, name):
 
 def test_a_secret_comes_from_a_file_without_the_end_of_its_line(monkeypatch, tmp_path):
     (tmp_path / "token").write_bytes(b"to\\$ken$ \r\n")
-    monkeypatch.setenv("API_TOKEN", "another")
     monkeypatch.setenv("API_TOKEN_FILE", str(tmp_path / "token"))
 
     assert config.load().api_token == (r"to\$ken$",)
 
+    monkeypatch.setenv("API_TOKEN", "another")
+    assert problems() == ("API_TOKEN and API_TOKEN_FILE are both set: leave out one",)
+
 
 @pytest.mark.parametrize("name", SECRETS)
-@pytest.mark.parametrize("path", ["missing", ".", "blank", "binary"])
-def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, name, path):
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("missing", "No such file or directory"),
+        (".", "Is a directory"),
+        ("blank", "it is empty or not UTF-8"),
+        ("binary", "it is empty or not UTF-8"),
+    ],
+)
+def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, name, path, why):
     (tmp_path / "blank").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(f"{name}_FILE", path)
 
-    assert problems() == (f"{name}_FILE: expected a readable file that contains the secret",)
+    assert problems() == (f"{name}_FILE: expected a readable file that contains the secret: {why}",)
 
 
 def test_a_file_variable_of_another_program_is_ignored(monkeypatch):

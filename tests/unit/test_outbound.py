@@ -135,3 +135,17 @@ def test_an_origin_that_is_not_listed_is_refused_and_the_entry_is_named(url, ent
 def test_the_star_allows_neither_http_nor_a_private_address(url, why):
     with pytest.raises(errors.Refusal, match=why):
         outbound.Policy.of("*").check(url)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "reason"),
+    [
+        (56, "OpenSSL SSL_read: certificate required, errno 0", "TLS failed: OpenSSL SSL_read: "),
+        (56, "Too many headers", "the connection failed: error 56 of libcurl"),
+        (61, "Unrecognized content encoding", "the answer is not proper HTTP"),
+    ],
+)
+def test_a_failure_that_libcurl_names_only_by_its_text_is_told(code, text, reason):
+    request = outbound._Request(lambda _: None, 1.0)
+
+    assert str(request.answer(code, text)).startswith(reason)

@@ -316,3 +316,48 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, sour
         worker.load("own_shop:run")
 
     assert problem.format(path=tmp_path / "own_shop.py") in str(caught.value)
+
+
+class EmptyGroup(ExceptionGroup[Exception]):
+    exceptions = ()
+
+
+class Evil(str):
+    def __getitem__(self, _):
+        raise RuntimeError
+
+
+class EvilError(Exception):
+    def __str__(self):
+        return Evil("m")
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind", "message"),
+    [
+        (EmptyGroup("m", [ValueError()]), "Exception", "(its message cannot be read)"),
+        (EvilError(), "EvilError", "(its message cannot be read)"),
+        (type("N" * 3_000, (Exception,), {})("m"), "N" * worker.MAX_NOTE, "m"),
+    ],
+    ids=["group", "message", "name"],
+)
+def test_an_exception_that_cannot_be_described_is_an_error_all_the_same(job, exc, kind, message):
+    def fail(data, job):
+        raise exc
+
+    frame, payload = worker.run(fail, b'{"data": 1}', job)
+
+    facts = json.loads(payload)
+    assert (frame, facts["kind"], facts["message"]) == (worker.ERROR, kind, message)
+    assert facts["may_run_again"]
+
+
+def test_a_note_that_reports_itself_does_not_stop_the_job(job, told):
+    class Note:
+        def __str__(self):
+            job.progress(0.5, "inner")
+            return "outer"
+
+    job.progress(0.6, Note(), keep=1)
+
+    assert told == [(0.5, "inner", None), (0.6, "outer", "1")]
