@@ -249,7 +249,7 @@ class Api:
     def metrics(self) -> bytes:
         """Answer GET /metrics, in Prometheus' text format."""
         bottle.response.content_type = metrics.CONTENT_TYPE
-        return self._metrics.text()
+        return self._metrics.text(self._journal)
 
     def openapi(self) -> dict[str, Any]:
         """Answer GET /openapi.json: the description of these routes."""
@@ -298,7 +298,6 @@ class Service:
             job_url=lambda job_id: f"{self.base_url}/jobs/{job_id}",
             wake=self.server.wake,
         )
-        self.metrics.watch(self.journal)
         self._is_running = True  # from here on a stop has something to drain
         self.runner.start()
         self.server.start(

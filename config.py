@@ -233,7 +233,7 @@ def load() -> Config:
     if values.get("workers") and values.get("executor") in ("thread", "dask"):
         problems.append("WORKERS: only EXECUTOR=process takes it. Set that, or leave out WORKERS.")
     if problems:
-        raise errors.ConfigError(problems)
+        raise errors.ConfigError("\n".join(problems))
     if values["executor"] == "process":  # one job for each worker
         workers = values["workers"] or cpu_count()
         values["max_running"] = min(workers, values["max_running"])

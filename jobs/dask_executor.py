@@ -77,7 +77,7 @@ class DaskExecutor(Executor):
             import distributed
         except ImportError as exc:
             text = "EXECUTOR='dask': install requirements-dask.txt, as ./run does with this setting"
-            raise errors.ConfigError([f"{text} ({exc})"]) from exc
+            raise errors.ConfigError(f"{text} ({exc})") from exc
         self._distributed = distributed
         for name in ("distributed", "tornado"):  # our own log has one line for each change
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -7,8 +7,6 @@ Refusal               a request that is not carried out: a status code, a title 
 ConfigError           a start that is refused: one line for each problem
 """
 
-from collections.abc import Sequence
-
 
 class Refusal(Exception):  # noqa: N818 - a refusal is an answer
     """A request that is not carried out.
@@ -53,12 +51,4 @@ class JournalLost(JournalError):  # noqa: N818 - as above
 
 
 class ConfigError(Exception):
-    """The service cannot start as it is configured.
-
-    Attributes:
-        problems: One line for each thing that is wrong, saying what would be right.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+    """The service cannot start as it is configured: a line for each thing that is wrong."""

@@ -221,7 +221,7 @@ class WorkerExecutor(Executor):
                 log.info("analysis loading", extra={"seconds": seconds})
         if problem := self.failure():
             self.close()
-            raise errors.ConfigError([problem])
+            raise errors.ConfigError(problem)
         self._is_started = True
 
     def free(self) -> int:

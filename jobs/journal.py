@@ -24,7 +24,11 @@ MAX_SEQ = 2**63 - 1
 
 
 class Journal(Storage):
-    """The record. Every method may be called from any thread, and raises JournalError."""
+    """The record. Every method may be called from any thread, and raises JournalError.
+
+    Whoever calls what changes or claims single jobs opens the transaction, so that the loop can
+    put many of them into one. A method that raises a Refusal has written nothing.
+    """
 
     # Accept
 
@@ -36,9 +40,8 @@ class Journal(Storage):
             VALUES (:id, :state, :postback_url, :receiver, :metadata, :forwarded, :created_at,
                     :key, :body_sha256)"""
         sha256 = hashlib.sha256(body).hexdigest() if idempotency_key else None
-        with self.transaction(durable=True):
-            self._write(statement, **_values(job), key=idempotency_key, body_sha256=sha256)
-            self._write("INSERT INTO payloads VALUES (last_insert_rowid(), :body)", body=body)
+        self._write(statement, **_values(job), key=idempotency_key, body_sha256=sha256)
+        self._write("INSERT INTO payloads VALUES (last_insert_rowid(), :body)", body=body)
 
     def accepted_before(self, idempotency_key: str, body: bytes) -> str | None:
         """Return the id of the job that was sent with this key, if there is one.
@@ -47,8 +50,7 @@ class Journal(Storage):
             Refusal: It was sent with another body (422).
         """
         statement = "SELECT id, body_sha256 FROM jobs WHERE idempotency_key = :key"
-        with self.transaction():  # the job may have been accepted in the open transaction
-            rows = self._fetch(statement, key=idempotency_key)
+        rows = self._fetch(statement, key=idempotency_key)
         if rows and rows[0]["body_sha256"] != hashlib.sha256(body).hexdigest():
             text = "This Idempotency-Key was sent with another body: send a new key."
             raise Refusal(422, "Idempotency key reused", text)
@@ -93,18 +95,16 @@ class Journal(Storage):
              WHERE seq = :seq"""
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
         moved = {"state": State.RUNNING, "started_at": None}
-        with self.transaction():
-            rows = self._fetch(choose, **limits)
-            for row in rows:
-                self._write(move, seq=row["seq"], now=now)
-            jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
-            return [(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
+        rows = self._fetch(choose, **limits)
+        for row in rows:
+            self._write(move, seq=row["seq"], now=now)
+        jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
+        return [(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
 
     def begin(self, job_id: str, *, now: datetime) -> None:
         """Note that a job begins, which waited for a worker of its own."""
         statement = "UPDATE jobs SET started_at = :now WHERE id = :id AND state = 'running'"
-        with self.transaction():
-            self._write(statement, id=job_id, now=now)
+        self._write(statement, id=job_id, now=now)
 
     def keep(self, job_id: str, value: str) -> None:
         """Store what a running analysis wants to find when it is started again.
@@ -116,9 +116,8 @@ class Journal(Storage):
             UPDATE jobs SET interrupted = 0, alone = CASE alone WHEN 2 THEN 0 ELSE alone END
              WHERE id = :id AND state = 'running'"""
         store = "INSERT OR REPLACE INTO kept SELECT seq, :value FROM jobs WHERE id = :id"
-        with self.transaction():
-            self._move(job_id, acquit, wanted="given a value to keep")
-            self._write(store, id=job_id, value=value)
+        self._move(job_id, acquit, wanted="given a value to keep")
+        self._write(store, id=job_id, value=value)
 
     def run_again(self, job_id: str, again: model.Again, *, now: datetime) -> None:
         """Move a running job back to `accepted`.
@@ -141,21 +140,14 @@ class Journal(Storage):
              WHERE id = :id AND state = 'running'"""
         pause = timedelta(seconds=again.pause_seconds)
         values = {"next_start_at": now + pause if pause else None, **_values(again)}
-        with self.transaction():
-            self._move(job_id, statement, wanted="run again", **values)
+        self._move(job_id, statement, wanted="run again", **values)
 
-    def count_waiting(self) -> int:
-        """Return how many accepted jobs could start now, seen from inside a transaction."""
-        return int(self._fetch("SELECT count(*) FROM startable")[0][0])
-
-    def release_due_starts(self, *, now: datetime) -> tuple[int, datetime | None]:
-        """Let jobs start whose wait is over; return how many, and when the next one may start."""
-        earliest = "SELECT min(next_start_at) FROM jobs WHERE next_start_at IS NOT NULL"
+    def release_due_starts(self, *, now: datetime) -> int:
+        """Let jobs start whose wait is over; return how many accepted jobs can start now."""
         release = "UPDATE jobs SET next_start_at = NULL WHERE next_start_at <= :now"
         with self.transaction():
-            released = self._write(release, now=now)
-            rows = self._fetch(earliest)
-        return released, _instant(rows[0][0])
+            self._write(release, now=now)
+            return int(self._fetch("SELECT count(*) FROM startable")[0][0])
 
     def end(
         self,
@@ -186,10 +178,9 @@ class Journal(Storage):
             SELECT seq, :body, :result_at, :result, :result_key FROM jobs WHERE id = :id"""
         forget = "DELETE FROM kept WHERE seq = (SELECT seq FROM jobs WHERE id = :id)"
         wanted = "canceled" if ending.outcome is model.Outcome.CANCELED else "ended"
-        with self.transaction():
-            self._move(job.id, move, wanted=wanted, due_at=due_at, **_values(ending))
-            self._write(store, id=job.id, **_values(event))
-            self._write(forget, id=job.id)
+        self._move(job.id, move, wanted=wanted, due_at=due_at, **_values(ending))
+        self._write(store, id=job.id, **_values(event))
+        self._write(forget, id=job.id)
 
     # Deliver
 
@@ -208,16 +199,8 @@ class Journal(Storage):
                             WHERE receiver = :receiver AND next_attempt_at <= :now
                             ORDER BY next_attempt_at LIMIT :limit)
             RETURNING *, (SELECT body FROM events WHERE events.seq = jobs.seq) AS event"""
-        with self.transaction():
-            rows = self._fetch(statement, receiver=receiver, now=now, limit=limit)
-            return [(_job(row), row["event"]) for row in rows]
-
-    def put_off(self, job_id: str, *, until: datetime) -> None:
-        """Make an attempt that was taken, but not made, due at a later time."""
-        statement = """
-            UPDATE jobs SET next_attempt_at = :until WHERE id = :id AND state = 'delivering'"""
-        with self.transaction():
-            self._write(statement, id=job_id, until=until)
+        rows = self._fetch(statement, receiver=receiver, now=now, limit=limit)
+        return [(_job(row), row["event"]) for row in rows]
 
     def record(self, job: model.Job, attempt: model.Attempt, *, now: datetime) -> State:
         """Store an attempt and what follows from it; return the state the job has now.
@@ -238,9 +221,8 @@ class Journal(Storage):
             SELECT seq, :number, :attempted_at, :duration_seconds, :status_code, :error, :answer
               FROM jobs WHERE id = :id"""
         moved = {"state": state, "next_at": next_at, "ended_at": None if next_at else now}
-        with self.transaction():
-            self._move(job.id, move, wanted=f"made {state}", number=attempt.number, **moved)
-            self._write(store, id=job.id, **_values(attempt))
+        self._move(job.id, move, wanted=f"made {state}", number=attempt.number, **moved)
+        self._write(store, id=job.id, **_values(attempt))
         return state
 
     def resend(self, job_id: str, *, now: datetime) -> None:
@@ -254,8 +236,7 @@ class Journal(Storage):
             UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
                             resent_after = attempts
              WHERE id = :id AND state IN ('delivered', 'undelivered')"""
-        with self.transaction(durable=True):
-            self._move(job_id, statement, wanted="resent", now=now)
+        self._move(job_id, statement, wanted="resent", now=now)
 
     def resend_undelivered(self, *, since: datetime, now: datetime, limit: int) -> int:
         """Make events of undelivered jobs that ended from `since` on due again; return how many.
@@ -288,16 +269,14 @@ class Journal(Storage):
             for _ in range(2):  # SQLite writes nothing where nothing changes
                 self._write("UPDATE service SET planned_stop = 1 - planned_stop")
 
-    def resume(self, *, now: datetime, latest: datetime) -> tuple[list[model.Job], int]:
+    def resume(self, *, now: datetime) -> list[model.Job]:
         """Make everything due that was under way when the service ended.
 
         Args:
             now: Attempts that were under way are due now.
-            latest: No attempt or start is due later. One that was is set to this, because the clock
-                was set back since, or the schedule was made shorter.
 
         Returns:
-            The jobs that ended the service too often, still `running`; and how many jobs wait.
+            The jobs that ended the service too often, still `running`.
         """
         count = """
             UPDATE jobs SET interrupted = interrupted + (SELECT NOT planned_stop FROM service)
@@ -315,12 +294,13 @@ class Journal(Storage):
             self._write("UPDATE service SET planned_stop = 0")
             self._write(put_back, **limits)
             self._write(make_due, now=now)
-            self.advance(latest=latest)
-            crashed = self._fetch("SELECT * FROM jobs WHERE state = 'running'")
-            return [_job(row) for row in crashed], self.count_waiting()
+            return [_job(row) for row in self._fetch("SELECT * FROM jobs WHERE state = 'running'")]
 
     def advance(self, *, latest: datetime) -> None:
-        """Bring forward what is due later than `latest`, as after a clock was set back."""
+        """Bring forward to `latest` what is due later.
+
+        It was due earlier before the clock was set back, or the schedule is shorter now.
+        """
         attempts = """
             UPDATE jobs SET next_attempt_at = :latest
              WHERE next_attempt_at IS NOT NULL AND next_attempt_at > :latest"""
@@ -349,8 +329,7 @@ class Journal(Storage):
             DELETE FROM received
              WHERE seq IN (SELECT seq FROM received WHERE received_at < :before
                             ORDER BY received_at LIMIT :limit)"""
-        with self.transaction():
-            return self._write(statement, before=before, limit=limit)
+        return self._write(statement, before=before, limit=limit)
 
     def delete(self, job_id: str) -> None:
         """Remove an ended job and all that belongs to it, its received postback included.
@@ -360,9 +339,8 @@ class Journal(Storage):
             Refusal: There is no such job (404).
         """
         statement = "DELETE FROM jobs WHERE id = :id AND state IN ('delivered', 'undelivered')"
-        with self.transaction(durable=True):
-            self._move(job_id, statement, wanted="deleted")
-            self._write("DELETE FROM received WHERE webhook_id = :id", id=job_id)
+        self._move(job_id, statement, wanted="deleted")
+        self._write("DELETE FROM received WHERE webhook_id = :id", id=job_id)
 
     def _move(self, job_id: str, statement: str, *, wanted: str, **values: Any) -> None:
         """Change one job's row, named by `id`.
@@ -449,8 +427,7 @@ class Journal(Storage):
             INSERT INTO received (webhook_id, received_at, signature, body)
             VALUES (:webhook_id, :received_at, :signature, :body)
                 ON CONFLICT (webhook_id) DO NOTHING"""
-        with self.transaction(durable=True):
-            return self._write(statement, **columns) == 1
+        return self._write(statement, **columns) == 1
 
     def received(self, *, limit: int) -> list[dict[str, Any]]:
         """Return rows of `received`, newest first; fewer when they are large."""

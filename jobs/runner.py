@@ -75,6 +75,7 @@ class Run:
         started_at: When its payload went to a worker that was ready; None before.
         times_out_at: By the monotonic clock, for its analysis or its attempt; infinite between.
         progress: What the analysis last reported: its `fraction`, its `note`, and when (`at`).
+        event: What its attempt sends.
     """
 
     job: model.Job
@@ -82,6 +83,7 @@ class Run:
     started_at: datetime | None = None
     times_out_at: float = math.inf
     progress: Mapping[str, Any] | None = None
+    event: bytes = b""
 
 
 class Runner:
@@ -116,12 +118,12 @@ class Runner:
         self._waiting = 0  # accepted jobs that may start
         self._failing: set[str] = set()  # receivers whose last attempt failed
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
-        self._is_crowded = False  # a due attempt waits until another one ends
         self._is_draining = False
+        self._is_crowded = False  # a due attempt waits until another one ends
         self._drained = threading.Event()  # the drain has ended
         self._resending = threading.Lock()  # held by the one that resends all
         # When the loop looks for each kind of work, by the monotonic clock.
-        self._attempts_at = self._starts_at = self._prune_at = self._tick_at = self._work_at = 0.0
+        self._attempts_at = self._prune_at = self._tick_at = self._work_at = 0.0
         self._times_out_at, self._rests_until = math.inf, 0.0
 
     # What the service asks for
@@ -129,7 +131,9 @@ class Runner:
     def start(self) -> None:
         """Make what is unfinished ready to go on. Call it once, before the loop calls `work`."""
         now = self._clock()
-        crashed, self._waiting = self._journal.resume(now=now, latest=self._latest(now))
+        crashed = self._journal.resume(now=now)
+        self._journal.advance(latest=self._latest(now))
+        self._waiting = self._journal.release_due_starts(now=now)
         for job in crashed:
             text = f"The service ended {job.interrupted} times while the analysis ran."
             run = self._runs[job.id] = Run(job=job, started_at=job.started_at)
@@ -283,7 +287,7 @@ class Runner:
             self._drained.set()
         times = [self._tick_at, self._times_out_at, 0.0 if self._writer.waiting else math.inf]
         if not self._is_draining:
-            times += [self._starts_at, max(self._attempts_at, self._rests_until), self._prune_at]
+            times += [max(self._attempts_at, self._rests_until), self._prune_at]
         next_at = min(max(self._work_at, min(times)), self._sender.transport.due_at())
         return max(0.0, next_at - time.monotonic())
 
@@ -299,8 +303,6 @@ class Runner:
             self._begin_new(now)
 
     def _begin_new(self, now: float) -> None:
-        if now >= self._starts_at:
-            self._release_due_starts()
         if self._waiting:
             self._start_accepted()
         if now >= max(self._attempts_at, self._rests_until):
@@ -317,14 +319,14 @@ class Runner:
         self._tick_at = time.monotonic() + TICK_SECONDS
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
-        with self._journal.transaction():  # after a commit that failed, the count is wrong
-            self._waiting = self._journal.count_waiting()
+        # The count is also wrong after a commit that failed.
+        self._waiting = self._journal.release_due_starts(now=self._clock())
 
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over, and make lost attempts due again."""
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
             if run.is_posting:
-                self._put_off(run)
+                self._attempt(run)
             else:
                 self._executor.stop(run.job.id)
                 seconds = self._config.job_timeout_seconds
@@ -332,13 +334,6 @@ class Runner:
                 self._store(run, model.without_result(Outcome.TIMED_OUT, text))
         times = [run.times_out_at for run in self._runs.values()]
         self._times_out_at = min(times, default=math.inf)
-
-    def _release_due_starts(self) -> None:
-        now = self._clock()
-        released, next_at = self._journal.release_due_starts(now=now)
-        seconds = (next_at - now).total_seconds() if next_at else math.inf
-        self._waiting += released
-        self._starts_at = time.monotonic() + min(max(seconds, 0.0), PRUNE_SECONDS)
 
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
@@ -357,7 +352,7 @@ class Runner:
         for run, body, kept in claimed:
             self._analyze(run, body, kept)
         if len(claimed) == MAX_STARTS:
-            self._starts_at = 0.0  # there may be more
+            self._tick_at = 0.0  # there may be more
 
     def _take(self, claim: Callable[[], list[tuple[Any, ...]]], *, is_posting: bool) -> list[Any]:
         """Claim jobs, and note that they are under way. Nothing is claimed when that fails."""
@@ -384,7 +379,8 @@ class Runner:
                 limit = min(room, MAX_ATTEMPT_STARTS)
                 claim = functools.partial(self._journal.claim_due, receiver, now=now, limit=limit)
                 for run, event in self._take(claim, is_posting=True):
-                    self._attempt(run, event)
+                    run.event = event
+                    self._attempt(run)
                 next_seconds = 0.0  # there may be more
         self._look_for_attempts(next_seconds)
         # With thousands of receivers it takes long, and the loop has more to do.
@@ -498,8 +494,7 @@ class Runner:
             self._leave(run)
             if isinstance(answer, Exception):  # it was canceled while this waited
                 return
-            self._waiting += not seconds
-            self._starts_at = min(self._starts_at, time.monotonic() + seconds)
+            self._tick_at = 0.0  # count it, unless it has to wait
             if again.error:
                 self._metrics.retried()
             facts = {"seconds": seconds, "alone": again.is_alone or None}
@@ -537,7 +532,8 @@ class Runner:
             else:
                 run.job = replace(run.job, outcome=ending.outcome)
                 if event:
-                    self._attempt(run, event)
+                    run.event = event
+                    self._attempt(run)
                 else:
                     self._leave(run)
                 self._ended(run.job, ending, is_due=event is None)
@@ -551,8 +547,8 @@ class Runner:
 
     # An attempt
 
-    def _attempt(self, run: Run, event: bytes) -> None:
-        """Begin an attempt. If that fails, as when memory runs out, it waits a second."""
+    def _attempt(self, run: Run) -> None:
+        """Begin an attempt. If it cannot begin, or has no result in time, it is made again."""
 
         def then(attempt: model.Attempt) -> None:
             write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
@@ -561,22 +557,11 @@ class Runner:
 
         self._limit(run, self._config.postback_timeout_seconds + LOST_SECONDS)
         try:
-            self._sender.attempt(run.job, event, then)
+            self._sender.attempt(run.job, run.event, then)
         except Exception:
-            self._put_off(run)
+            self._limit(run, RETRY_SECONDS)
             with contextlib.suppress(MemoryError):  # others are still to be begun
                 log.exception("attempt not begun", extra=run.job.facts)
-
-    def _put_off(self, run: Run) -> None:
-        """Make an attempt that was taken, but not made, due again."""
-        until = self._clock() + timedelta(seconds=RETRY_SECONDS)
-
-        def then(_: Any) -> None:
-            self._look_for_attempts(RETRY_SECONDS)
-            self._leave(run)
-
-        self._writer.hand_over(lambda: self._journal.put_off(run.job.id, until=until), then)
-        run.times_out_at = math.inf
 
     def _attempted(self, run: Run, attempt: model.Attempt, state: State | Exception) -> None:
         """Follow up on an attempt that was recorded."""

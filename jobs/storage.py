@@ -157,9 +157,6 @@ class Storage:
     def transaction(self, *, durable: bool = False) -> Iterator[None]:
         """Commit together whatever is written inside; nothing of it when anything fails.
 
-        The same thread may open another one inside, which then is part of this one. When the inner
-        one raises after it has written, the outer one is not committed, either.
-
         Args:
             durable: Whether the commit must survive a power cut (synchronous=FULL), because an
                 answer depends on it. Every commit survives the end of the process.
@@ -168,27 +165,16 @@ class Storage:
             JournalError: Nothing was committed.
         """
         with self._lock:
-            outer, changes = self._transaction, self._count_changes()
+            changes = self._count_changes()
             try:
-                if outer is None:
-                    mine = self._begin(durable=durable)
-                elif outer.durable < durable:
-                    text = "A durable transaction cannot be part of one that is not."
-                    raise AssertionError(text)  # noqa: TRY301
+                transaction = self._begin(durable=durable)
                 yield
-                if outer is None:
-                    self._commit(mine, changes)
-            except BaseException:
-                if outer and self._count_changes() != changes:  # half must not be committed
-                    text = "A part of the transaction failed."
-                    outer.failure = outer.failure or JournalError(text)
-                raise
+                self._commit(transaction, changes)
             finally:
-                if outer is None:
-                    self._transaction = None
-                    if self._connection and self._connection.in_transaction:
-                        with contextlib.suppress(sqlite3.Error):
-                            self._connection.execute("ROLLBACK")
+                self._transaction = None
+                if self._connection and self._connection.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._connection.execute("ROLLBACK")
 
     def _write(self, statement: str, **values: Any) -> int:
         """Execute a statement inside the open transaction; return how many rows it changed."""
@@ -225,8 +211,8 @@ class Storage:
             # SQLite may have rolled back by itself, as it does when the disk is full.
             transaction.failure = self._failed(exc)
             raise transaction.failure from exc
-        except MemoryError:  # the fault of what is written: to write it again would be no use
-            transaction.failure = JournalError("There was no memory for the transaction.")
+        except BaseException as exc:  # the fault of what is written: to write it again is no use
+            transaction.failure = JournalError(f"A part of the transaction failed: {exc!r}.")
             raise
 
     def _begin(self, *, durable: bool) -> _Transaction:
@@ -342,7 +328,7 @@ class Storage:
 
     def _refusal(self, text: str) -> ConfigError:
         line = text.replace("\n", " ")  # SQLite describes damage in several lines
-        return ConfigError([f"JOURNAL={str(self._path)!r}: {line}"])
+        return ConfigError(f"JOURNAL={str(self._path)!r}: {line}")
 
 
 def _connect(database: str) -> sqlite3.Connection:

@@ -45,8 +45,6 @@ class _Minute(NamedTuple):
 class Metrics:
     """Counts what happens. Every method may be called from any thread."""
 
-    _journal: Journal
-
     def __init__(self, clock: Callable[[], datetime] = model.utc_now) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards the minutes
@@ -85,10 +83,6 @@ class Metrics:
             self._finished(outcome)
         for state in (State.DELIVERED, State.UNDELIVERED):
             self._ended(state)
-
-    def watch(self, journal: Journal) -> None:
-        """Read this journal whenever the metrics are asked for."""
-        self._journal = journal
 
     def answered(self, answer: Answer) -> None:
         """Count one answer of the service."""
@@ -129,17 +123,17 @@ class Metrics:
         if state is State.DELIVERED and not job.resent_after:
             self._delivery.observe(_seconds(job.created_at, now))
 
-    def text(self) -> bytes:
+    def text(self, journal: Journal) -> bytes:
         """Return everything in Prometheus' text format.
 
         Raises:
             JournalError: The journal cannot be read.
         """
         now = self._clock()
-        for state, count, created_at in self._journal.census():
+        for state, count, created_at in journal.census():
             self._jobs.labels(state).set(count)
             self._ages.labels(state).set(_seconds(created_at or now, now))
-        self._size.set(self._journal.size_bytes())
+        self._size.set(journal.size_bytes())
         return prometheus_client.generate_latest(self._registry)
 
     def hour(self) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -134,15 +133,11 @@ def _application(host: str, journal: Journal, settings: config.Config) -> Applic
 def _pruning(journal: Journal, settings: config.Config) -> Callable[[], float]:
     """Return what removes postbacks that are older than any attempt that could repeat them."""
     seconds = max(settings.retention_seconds, sum(settings.postback_schedule_seconds))
-    next_at = 0.0
 
     def prune() -> float:
-        nonlocal next_at
-        if time.monotonic() >= next_at:
-            next_at = time.monotonic() + PRUNE_SECONDS
-            with contextlib.suppress(errors.JournalError):  # logged where it was found
-                before = model.utc_now() - timedelta(seconds=seconds)
-                journal.prune_received(before=before, limit=PRUNE_LIMIT)
+        with contextlib.suppress(errors.JournalError), journal.transaction():
+            before = model.utc_now() - timedelta(seconds=seconds)
+            journal.prune_received(before=before, limit=PRUNE_LIMIT)
         return PRUNE_SECONDS
 
     return prune

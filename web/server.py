@@ -275,7 +275,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         batch = [self.short.popleft() for _ in range(min(len(self.short), MAX_TURN))]
         for task in batch:
             if not task.to_store:  # a thread has asked already those that have one
-                task.run(task.ask)
+                task.ask()
         if writing := [task for task in batch if task.to_store]:
             self._store(writing)
         try:
@@ -290,7 +290,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         try:
             with self._turn():
                 for task in tasks:
-                    task.run(task.store)
+                    task.store()
         except Exception as exc:
             failure = errors.JournalError(_DETAILS[500])
             if isinstance(exc, errors.JournalError):  # logged where it was found
@@ -351,7 +351,16 @@ class _Task(WSGITask):  # type: ignore[misc]
         self._asked_at = time.perf_counter()
 
     def ask(self) -> None:
-        """Have the application answer. Nothing is sent yet."""
+        """Have the application answer. What it raises becomes the answer. Nothing is sent yet."""
+        try:
+            self._ask()
+        except errors.Refusal as exc:
+            self.refuse(exc)
+        except Exception:
+            log.exception("request failed", extra={"path": self.request.path})
+            self.refuse(errors.Refusal(500, "Service failed", _DETAILS[500]))
+
+    def _ask(self) -> None:
         if error := self.request.error:
             if isinstance(error, errors.Refusal):
                 raise error
@@ -369,19 +378,15 @@ class _Task(WSGITask):  # type: ignore[misc]
         self.status, self.response_headers = status, headers
 
     def store(self) -> None:
-        """Do what the handler left for a transaction. Nothing is sent yet."""
-        if self.to_store:
-            self._answer(self.to_store())
+        """Do what the handler left for a transaction. Nothing is sent yet.
 
-    def run(self, step: Callable[[], None]) -> None:
-        """Do one step, `ask` or `store`. What it raises becomes the answer."""
+        A Refusal becomes the answer, because nothing was written. Anything else ends the turn.
+        """
         try:
-            step()
+            if self.to_store:
+                self._answer(self.to_store())
         except errors.Refusal as exc:
             self.refuse(exc)
-        except Exception:
-            log.exception("request failed", extra={"path": self.request.path})
-            self.refuse(errors.Refusal(500, "Service failed", _DETAILS[500]))
 
     def refuse(self, refusal: errors.Refusal) -> None:
         """Answer with a problem document. What was to follow another answer does not."""
@@ -486,7 +491,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def service(self) -> None:
         """Answer the next request, in a thread. A job is accepted even if its caller has gone."""
         task = self.requests[0].task
-        task.run(task.ask)
+        task.ask()
         if task.to_store:  # the loop goes on with it, so that it shares a commit
             self.server.short.append(task)
             self.server.wake()
@@ -602,7 +607,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
     except (OSError, ValueError) as exc:  # ValueError: this machine has not both families
         text = f"HOST={host!r} PORT={port}: cannot listen there: {getattr(exc, 'strerror', exc)}"
-        raise errors.ConfigError([text]) from exc
+        raise errors.ConfigError(text) from exc
 
 
 def _connection_limit() -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import requests
-import yaml
 
 import config
 from tests.harness import ROOT, RealProcess, environment, free_port, is_open, poll, refusal
@@ -286,32 +285,6 @@ def test_the_image_runs_as_nobody_special_under_an_init():
     assert names.index("USER") > max(at for at, name in enumerate(names) if name == "RUN")
     assert json.loads(instruction("ENTRYPOINT")) == ["tini", "--"]
     assert not instruction("FROM").endswith("alpine")
-
-
-def test_compose_gives_the_service_a_volume_secrets_time_to_stop_and_a_receiver():
-    compose = yaml.safe_load(text_of("compose.yaml"))
-    service, receiver = compose["services"]["postback"], compose["services"]["receiver"]
-
-    assert int(service["stop_grace_period"].removesuffix("s")) > DRAIN_SECONDS
-    assert service["restart"] == "unless-stopped"
-    assert service["volumes"] == ["journal:/data"]
-    assert set(service["secrets"]) == set(compose["secrets"])
-    assert service["environment"]["POSTBACK_URL"] == "http://receiver:8081/postprocessed"
-    assert receiver["command"][:3] == ["python", "-m", "web.receiver"]
-
-
-def test_the_kubernetes_example_has_one_replica_a_volume_and_time_to_stop():
-    manifests = {one["kind"]: one for one in yaml.safe_load_all(text_of("kubernetes.yaml"))}
-    deployment = manifests["Deployment"]["spec"]
-    pod = deployment["template"]["spec"]
-
-    assert deployment["replicas"] == 1
-    assert deployment["strategy"] == {"type": "Recreate"}
-    assert pod["terminationGracePeriodSeconds"] > DRAIN_SECONDS
-    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert claim == manifests["PersistentVolumeClaim"]["metadata"]["name"]
-    offered = {one["name"].removesuffix("_FILE") for one in pod["containers"][0]["env"]}
-    assert offered <= {name for name, *_ in config.table()}
 
 
 # Prometheus

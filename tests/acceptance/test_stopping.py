@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import requests
 
-import config
 from tests.harness import ROOT, Caller, environment, events, is_open, poll, refusal
 
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="install curl")
@@ -56,14 +55,6 @@ def test_a_start_in_a_terminal_shows_a_command_to_paste_and_then_the_postback():
     assert shown[1] == f"Results are posted to {shown[0].split()[-1]}/postprocessed"
     assert received.startswith("postback received")
     assert json.loads(pasted.stdout)["id"] in received
-
-
-def test_the_help_lists_every_setting():
-    done = run("--help")
-
-    assert done.returncode == 0
-    listed = re.findall(r"^  ([A-Z_]+) ", done.stdout, re.MULTILINE)
-    assert listed == [name for name, _, _ in config.table()]
 
 
 def test_a_check_of_good_settings_exits_0_and_leaves_no_journal(tmp_path):

@@ -10,9 +10,8 @@ import requests
 
 from jobs import model
 from jobs.errors import ConfigError, JournalError
-from jobs.journal import Journal
 from tests.harness import RealProcess, poll, refusal
-from tests.integration.test_journal import LATEST, NOW, accept, claim, delivering
+from tests.integration.test_journal import LATEST, NOW, Committing, accept, claim, delivering
 from tests.integration.test_storage import Faulty
 
 #: Faults that pass, and faults after which only a restart can tell what is on the disk.
@@ -95,11 +94,13 @@ def is_delivered(service: RealProcess, job_id: str) -> bool:
 
 def start_is_refused(path: Path, code: str, number: int) -> bool:
     """Open and resume a journal; return whether the operation of this number makes that fail."""
-    with closing(Journal(path, on_lost=lambda: None)) as journal:
+    with closing(Committing(path, on_lost=lambda: None)) as journal:
         Faulty.code, Faulty.fails_at = code, number
         try:
             journal.open()
-            journal.resume(now=NOW, latest=LATEST)
+            journal.resume(now=NOW)
+            journal.advance(latest=LATEST)
+            journal.release_due_starts(now=NOW)
         except (ConfigError, JournalError):
             return True
     return False
@@ -108,7 +109,7 @@ def start_is_refused(path: Path, code: str, number: int) -> bool:
 @pytest.mark.parametrize("code", [*PASSING, *LASTING])
 def test_whichever_operation_fails_at_a_start_the_next_resumes_all(monkeypatch, tmp_path, code):
     path = tmp_path / "journal.db"
-    with closing(Journal(path, on_lost=lambda: None)) as journal:
+    with closing(Committing(path, on_lost=lambda: None)) as journal:
         journal.open()
         posted = delivering(journal).id
         ids = [accept(journal), accept(journal)]
@@ -123,7 +124,7 @@ def test_whichever_operation_fails_at_a_start_the_next_resumes_all(monkeypatch, 
     Faulty.fails_at = 0
 
     assert number > 15
-    with closing(Journal(path, on_lost=lambda: None)) as journal:
+    with closing(Committing(path, on_lost=lambda: None)) as journal:
         journal.open()
         assert [one.id for one in claim(journal)] == ids
         assert journal.detail(posted)[0].next_attempt_at == NOW

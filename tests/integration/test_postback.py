@@ -454,8 +454,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, Receiver() as r
     test.outbound.MAX_IDLE_SECONDS = 0
     began = time.monotonic()
     sender.transport.work()
-    seconds = f"{fast.duration_seconds:.1f}; {time.monotonic() - began:.1f}"
-    print({one.error for one in slow}, fast.error, seconds)
+    is_quick = max(fast.duration_seconds, time.monotonic() - began) < 0.25
+    print({one.error for one in slow}, fast.error, is_quick)
 """
 
 
@@ -477,7 +477,7 @@ def test_f02_names_whose_look_up_hangs_hold_up_no_receiver_that_is_known(tmp_pat
         text=True,
     )
 
-    assert (run.stdout, run.stderr) == (f"{{'{LATE}'}} None 0.0; 0.0\n", "")
+    assert (run.stdout, run.stderr) == (f"{{'{LATE}'}} None True\n", "")
 
 
 # Connections

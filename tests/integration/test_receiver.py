@@ -241,7 +241,8 @@ def test_alone_it_keeps_postbacks_for_retention(tmp_path):
     with contextlib.closing(Journal(tmp_path / "r.db", on_lost=lambda: None)) as journal:
         journal.open()
         long_ago = model.utc_now() - timedelta(hours=1)
-        journal.receive(webhook_id="old", received_at=long_ago, signature="none", body=BODY)
+        with journal.transaction():
+            journal.receive(webhook_id="old", received_at=long_ago, signature="none", body=BODY)
     env = {"RETENTION": "1m", "POSTBACK_SCHEDULE": "none"}
     with alone(tmp_path, **env) as (port, _):
         assert call(port, "POST", BODY)[0] == 200

@@ -18,14 +18,6 @@ def echo(data, job):
     return data
 
 
-def unprintable(data, job):
-    class UnprintableError(Exception):
-        def __str__(self):
-            raise RuntimeError
-
-    raise UnprintableError
-
-
 def report(data, job):
     job.progress(0.25, "quarter")
     job.progress(0.5, keep=data)
@@ -95,15 +87,6 @@ def test_a_job_begins_and_ends_with_its_result(connect, size):
     assert exactly(connection, 1) == worker.START
     assert read(connection) == (worker.RESULT, b'"' + b"x" * size + b'"')
     assert connection.recv(1) == b""
-
-
-def test_an_exception_whose_message_cannot_be_read_is_an_error(connect):
-    connection = connect(unprintable)
-
-    assert exactly(connection, 1) == worker.START
-    kind, payload = read(connection)
-    assert (kind, json.loads(payload)["kind"]) == (worker.ERROR, "UnprintableError")
-    assert json.loads(payload)["message"] == "(its message cannot be read)"
 
 
 def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):

@@ -106,7 +106,7 @@ def field_of(variable: str) -> str:
 def problems() -> tuple[str, ...]:
     with pytest.raises(errors.ConfigError) as refused:
         config.load()
-    return refused.value.problems
+    return tuple(str(refused.value).splitlines())
 
 
 @pytest.mark.parametrize(("name", "text", "value"), GOOD)
@@ -262,13 +262,6 @@ def test_a_file_without_a_secret_is_refused_in_one_line(monkeypatch, tmp_path, n
     assert problems() == (f"{name}_FILE: expected a readable file that contains the secret: {why}",)
 
 
-def test_a_file_variable_of_another_program_is_ignored(monkeypatch):
-    defaults = config.load()
-    monkeypatch.setenv("LOG_FILE", "/nowhere")
-
-    assert config.load() == defaults
-
-
 # The help
 
 
@@ -323,6 +316,6 @@ def test_any_text_is_read_or_refused_in_one_line(name, text):
         try:
             lines: tuple[str, ...] = (config.load().host,)
         except errors.ConfigError as exc:
-            lines = exc.problems
+            lines = tuple(str(exc).splitlines())
 
     assert [len(line.splitlines()) for line in lines] == [1]

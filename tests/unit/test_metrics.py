@@ -44,14 +44,12 @@ def clock():
 
 @pytest.fixture
 def metrics(clock):
-    metrics = Metrics(clock)
-    metrics.watch(Journal())  # type: ignore[arg-type]  # a fake
-    return metrics
+    return Metrics(clock)
 
 
 def of(metrics, name, **labels):
     """Return one sample of the text."""
-    families = text_string_to_metric_families(metrics.text().decode())
+    families = text_string_to_metric_families(metrics.text(Journal()).decode())
     samples = [one for family in families for one in family.samples if one.name == name]
     found = [one.value for one in samples if labels.items() <= one.labels.items()]
     return found[0] if found else None

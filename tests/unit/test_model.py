@@ -1,6 +1,5 @@
 """Ids, instants, endings and events."""
 
-import inspect
 import json
 import re
 from datetime import UTC, datetime, timedelta
@@ -9,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import errors, model
+from jobs import model
 from jobs.model import Ending, Job, Outcome, State
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
@@ -86,13 +85,3 @@ def test_an_event_over_the_limit_links_to_its_result_by_a_key_that_cannot_be_gue
     assert (thin.result, thin.result_at) == (SUCCESS.result, None)
     assert len(str(thin.result_key)) >= 20
     assert thin.result_key != other.result_key
-
-
-def test_the_picture_of_the_errors_shows_all_of_them():
-    classes = dict(inspect.getmembers(errors, inspect.isclass))
-
-    shown = re.findall(r"^[│└├─ ]*(\w+) {2,}", errors.__doc__, re.MULTILINE)
-
-    assert sorted(shown) == sorted(
-        name for name, one in classes.items() if one.__module__ == errors.__name__
-    )
