@@ -97,7 +97,8 @@ class _Worker:
 
     Attributes:
         slots: How many jobs at once it is given; 0 when a job has it for itself.
-        is_stale: It gets no new job once another one serves, and ends when no job needs it.
+        is_stale: It gets no new job once another one serves, and ends when no job needs it. One
+            that a job has for itself is stale from the start.
         runs: The jobs in it. A stopped one stays, since its thread may run for ever.
         started_at: By the monotonic clock.
         control: Takes the connections of jobs; None before it has loaded the analysis.

@@ -444,7 +444,7 @@ def test_no_memory_when_a_job_ends_and_when_that_is_handled_keeps_no_place(start
 def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail, name, times):
     """Each try fails twice: with others, and alone."""
     service, has_failed = start_twice(), fail(Journal, name, times=times)
-    fail(postback.Sender, "attempt")  # so it is put off
+    fail(postback.Sender, "attempt")
 
     job = service.wait_for(service.send(act("fail_at_first", 1)))
 
