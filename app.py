@@ -64,8 +64,7 @@ class Api:
     """The routes. What is refused is raised, and becomes a problem in `web/server.py`.
 
     A handler that is to change a job checks the request, and leaves the rest in `postback.write`.
-    That is called by the loop, inside the transaction that several requests share, and returns the
-    answer.
+    The loop calls that inside the transaction that several requests share. It returns the answer.
     What is in `postback.after` is called once the answer was sent.
     """
 
