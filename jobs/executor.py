@@ -30,9 +30,11 @@ from typing import Any, NamedTuple
 
 from jobs import errors, model, worker
 
-#: So many results of more bytes are read, or wait to be stored, at once. The others wait in their
-#: workers.
-MAX_LARGE, LARGE_BYTES = 2, 1024**2
+#: A result of more bytes is large.
+LARGE_BYTES = 1024**2
+
+#: So many large results are read, or wait to be stored, at once. The others wait in their workers.
+MAX_LARGE = 2
 
 #: When nothing of a large result that is read comes for so long, its worker is killed.
 SILENCE_SECONDS = 60.0
@@ -278,11 +280,12 @@ class WorkerExecutor(Executor):
             if self._runs[job_id].heard_at < silent_since:
                 self._runs[job_id].worker.kill()  # the rest follows at its end
         while self._waiting and len(self.held) < MAX_LARGE:
-            run = self._waiting.popleft()
+            run = self._waiting[0]
             if run.connection:
                 self.selector.register(run.connection, selectors.EVENT_READ, run)
                 self.held.add(run.job.id)
                 run.heard_at = time.monotonic()
+            self._waiting.popleft()
         self._keep_up()
 
     def drain(self) -> None:

@@ -26,8 +26,8 @@ MAX_SEQ = 2**63 - 1
 class Journal(Storage):
     """The record. Every method may be called from any thread, and raises JournalError.
 
-    Whoever calls what changes or claims single jobs opens the transaction, so that the loop can
-    put many of them into one. A method that raises a Refusal has written nothing.
+    Where a method opens no transaction, its caller does, so that the loop can put many calls into
+    one. A method that raises a Refusal has written nothing, unless it is a JournalError.
     """
 
     # Accept
@@ -67,7 +67,7 @@ class Journal(Storage):
         else can write between the two.
 
         Args:
-            now: When they start.
+            now: When those start that need no worker of their own.
             limit: At most so many, those that must run alone first.
             max_shared: At most so many of those that shared a worker that died.
             max_interrupted: At most so many of those that were running at ends of the service.
@@ -94,11 +94,10 @@ class Journal(Storage):
                             started_at = iif(alone = 0, :now, NULL)
              WHERE seq = :seq"""
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
-        moved = {"state": State.RUNNING, "started_at": None}
         rows = self._fetch(choose, **limits)
         for row in rows:
             self._write(move, seq=row["seq"], now=now)
-        jobs = [_job(row, starts=row["starts"] + 1, **moved) for row in rows]
+        jobs = [_job(row, state=State.RUNNING, starts=row["starts"] + 1) for row in rows]
         return [(job, row["body"], row["kept"]) for job, row in zip(jobs, rows, strict=True)]
 
     def begin(self, job_id: str, *, now: datetime) -> None:

@@ -315,15 +315,15 @@ class Runner:
         self._attempts_at = min(self._attempts_at, time.monotonic() + seconds)
 
     def _tick(self) -> None:
-        """Do once a second what no event announces."""
+        """Do what no event announces, once a second at least."""
         self._tick_at = time.monotonic() + TICK_SECONDS
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
-        # The count is also wrong after a commit that failed.
+        # It is counted anew, because it is wrong after a commit that failed.
         self._waiting = self._journal.release_due_starts(now=self._clock())
 
     def _time_out(self, now: float) -> None:
-        """End every analysis whose time is over, and make lost attempts due again."""
+        """End every analysis whose time is over, and make lost attempts again."""
         for run in [run for run in self._runs.values() if run.times_out_at <= now]:
             if run.is_posting:
                 self._attempt(run)
@@ -352,7 +352,7 @@ class Runner:
         for run, body, kept in claimed:
             self._analyze(run, body, kept)
         if len(claimed) == MAX_STARTS:
-            self._tick_at = 0.0  # there may be more
+            self._wake()  # there may be more
 
     def _take(self, claim: Callable[[], list[tuple[Any, ...]]], *, is_posting: bool) -> list[Any]:
         """Claim jobs, and note that they are under way. Nothing is claimed when that fails."""
@@ -395,7 +395,8 @@ class Runner:
         failing = receiver in self._failing
         limit = MAX_PER_FAILING_RECEIVER if failing else MAX_PER_RECEIVER
         limit -= self._count(is_posting=True, receiver=receiver)
-        room = max(0, min(limit, MAX_ATTEMPTS - self._count(is_posting=True)))
+        most = MAX_ATTEMPTS // 2 if failing else MAX_ATTEMPTS  # half is for those that do not fail
+        room = max(0, min(limit, most - self._count(is_posting=True)))
         self._is_crowded |= not room
         return room
 
@@ -441,11 +442,11 @@ class Runner:
 
     def _note_start(self, run: Run) -> None:
         run.started_at = now = self._clock()
-        if run.job.alone:
-            begin = functools.partial(self._journal.begin, run.job.id, now=now)
-            self._writer.hand_over(begin, lambda _: None)
         if timeout := self._config.job_timeout_seconds:
             self._limit(run, timeout)
+        if run.job.alone:  # before the payload goes, because the job may end the service
+            with contextlib.suppress(JournalError), self._journal.transaction():
+                self._journal.begin(run.job.id, now=now)
 
     def _limit(self, run: Run, seconds: float) -> None:
         run.times_out_at = time.monotonic() + seconds
@@ -553,7 +554,7 @@ class Runner:
         def then(attempt: model.Attempt) -> None:
             write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
-            run.times_out_at = math.inf
+            run.times_out_at, run.event = math.inf, b""
 
         self._limit(run, self._config.postback_timeout_seconds + LOST_SECONDS)
         try:

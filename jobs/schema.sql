@@ -22,7 +22,7 @@ CREATE TABLE jobs (
     interrupted     INTEGER NOT NULL DEFAULT 0,  -- unclean ends of the service while it ran
     alone           INTEGER NOT NULL DEFAULT 0 CHECK (alone BETWEEN 0 AND 2),  -- why it may not share
     created_at      TEXT    NOT NULL,
-    started_at      TEXT,                 -- the last start of the analysis
+    started_at      TEXT,                 -- the last start of the analysis; NULL: not yet
     finished_at     TEXT,                 -- the end of the analysis
     next_start_at   TEXT,                 -- not to be started before
     next_attempt_at TEXT,                 -- NULL while delivering: an attempt is under way

@@ -49,8 +49,6 @@ LOST = (
 #: Seconds to wait for another program that writes to the file.
 BUSY_SECONDS = 1.0
 
-_OTHER_VERSION = "start that one, or name another file, without the jobs that wait in this one"
-
 #: In the lock file, after the pid: this journal was opened before.
 _SINCE = " since "
 
@@ -113,7 +111,7 @@ class Storage:
 
         Raises:
             ConfigError: It is in use, damaged, not ours, of another version, or not writable.
-            JournalError: The disk is full.
+            JournalError: The disk is full, or failed.
         """
         try:
             if not self._path.parent.is_dir():
@@ -129,7 +127,8 @@ class Storage:
             self.close()
             if isinstance(exc, ConfigError):
                 raise
-            if "SQLITE_FULL" in vars(exc).values() or getattr(exc, "errno", 0) == errno.ENOSPC:
+            name = getattr(exc, "sqlite_errorname", errno.errorcode.get(getattr(exc, "errno", 0)))
+            if str(name).startswith(("ENOSPC", "SQLITE_FULL", "SQLITE_IOERR")):  # it may pass
                 raise JournalError(f"The journal {self._path} cannot be opened: {exc}.") from exc
             raise self._refusal(f"cannot be opened: {exc}") from exc
 
@@ -165,6 +164,8 @@ class Storage:
             JournalError: Nothing was committed.
         """
         with self._lock:
+            if self._transaction:
+                raise AssertionError("There is an open transaction.")
             changes = self._count_changes()
             try:
                 transaction = self._begin(durable=durable)
@@ -211,9 +212,6 @@ class Storage:
             # SQLite may have rolled back by itself, as it does when the disk is full.
             transaction.failure = self._failed(exc)
             raise transaction.failure from exc
-        except BaseException as exc:  # the fault of what is written: to write it again is no use
-            transaction.failure = JournalError(f"A part of the transaction failed: {exc!r}.")
-            raise
 
     def _begin(self, *, durable: bool) -> _Transaction:
         connection = self._usable()
@@ -314,7 +312,7 @@ class Storage:
         if not is_new and value("PRAGMA application_id") != APPLICATION_ID:
             raise self._refusal("is a database of another program: name another file")
         if not is_new and value("PRAGMA user_version") != SCHEMA_VERSION:
-            raise self._refusal(f"was written by another version of Postback: {_OTHER_VERSION}")
+            raise self._refusal("was written by another version: start it, or name another file")
         for name, wanted in PRAGMAS.items():
             connection.execute(f"PRAGMA {name} = {wanted}")
             if (got := value(f"PRAGMA {name}")) != wanted:

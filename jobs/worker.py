@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 import traceback
-from _thread import start_new_thread  # before the analysis could replace it
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import partial, reduce
@@ -100,6 +100,9 @@ PACKAGES = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", 
 #: The job for which this thread works. asyncio hands it on to tasks and to `to_thread`.
 job_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("job_id", default=None)
 
+# Taken before the analysis can replace them, as gevent does.
+_Lock, _Socket = threading.Lock, socket.socket
+
 _OURS = (__file__, importlib.__file__, "<frozen ")
 _LIBRARY = re.compile(f"{re.escape(str(Path(os.__file__).parent))}/|.*-packages/")
 _NOTHING: Any = object()  # None is a value that can be kept
@@ -138,7 +141,7 @@ class Job:
         self._report = report
         self._pid = os.getpid()
         self._next_at = -math.inf  # monotonic
-        self.lock = threading.Lock()  # held while something is sent
+        self.lock = _Lock()  # held while something is sent
 
     @property
     def kept(self) -> Any:
@@ -392,8 +395,8 @@ def _error(exc: BaseException, kind: str | None = None) -> bytes:
         while isinstance(exc, BaseExceptionGroup):
             exc = exc.exceptions[0]
         facts["kind"] = kind or _clean(type(exc).__name__, MAX_NOTE)
-        facts["frames"] = _places(exc)[-MAX_FRAMES:]
         facts["message"] = _clean(str(exc), MAX_MESSAGE)
+        facts["frames"] = _places(exc)[-MAX_FRAMES:]
     return json.dumps(facts).encode()
 
 
@@ -472,7 +475,7 @@ def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
             if number <= 2:  # the analysis has closed it, and what it prints must not go here
                 low, number = number, fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)  # noqa: PLW2901
                 os.close(low)
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, number)
+            connection = _Socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, number)
             connection.settimeout(None)  # the analysis may have set a default
             try:  # a threading.Thread costs 0.1 ms more, because it waits until the thread runs
                 start_new_thread(_work, (connection, analyze))

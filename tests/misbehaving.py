@@ -32,6 +32,12 @@ def act(data: Any, job: Any) -> Any:
     return function(data["with"], job) if takes_job else function(data["with"])
 
 
+def kill_service(data: float, job: Any) -> None:
+    """End the service like kill -9: at once where the job runs alone, and else a little later."""
+    threading.Event().wait(data if job.start <= 3 else 0)
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
 def die_later(data: float) -> None:
     """End the process in as many seconds, and return at once."""
     threading.Timer(data, os._exit, (3,)).start()

@@ -329,8 +329,7 @@ class _Group:
         if is_kept and (code in _NOT_HTTP or request.getinfo(pycurl.RESPONSE_CODE) == 408):
             # What was read was no answer to this request: it lay on a kept connection, which the
             # receiver was about to close (RFC 9110, section 15.5.9).
-            request.head.clear()
-            request.body.clear()
+            request.head[:], request.body[:] = [], b""
             request.setopt(pycurl.FRESH_CONNECT, 1)
             self.begin(request)
             return
@@ -475,7 +474,7 @@ def _listed(entry: str) -> str:
         why = exc.detail
     shown = re.sub(r"//.*@", "//***@", entry)
     raise ValueError(
-        f"{shown!r}: expected origins such as https://example.com:8443 and spaces. {why}"
+        f"{shown!r}: expected origins such as https://example.com:8443, separated by spaces. {why}"
     )
 
 

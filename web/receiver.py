@@ -92,9 +92,7 @@ def main() -> None:
     """Run a receiver alone, until a signal stops it."""
     parser = argparse.ArgumentParser(prog="./run receiver", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument(
-        "--port", type=config.whole(0, 65535), default="8081", help="0 is any free one"
-    )
+    parser.add_argument("--port", type=int, default=8081, help="0 is any free one")
     parser.add_argument("--journal", type=Path, default=Path("received.db"))
     options = parser.parse_args()
     # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
@@ -106,8 +104,8 @@ def main() -> None:
         journal.open()
         server = Server(host=options.host, port=options.port, max_body_bytes=MAX_BODY_BYTES)
     except (errors.ConfigError, errors.JournalError) as exc:
-        print(exc, file=sys.stderr)
-        sys.exit(78)
+        logs.say(exc, sys.stderr)
+        sys.exit(78 if isinstance(exc, errors.ConfigError) else 74)
     application = _application(options.host, journal, settings)
     prune = _pruning(journal, settings)
     server.start(application, lambda: journal.transaction(durable=True), prune)

@@ -605,7 +605,7 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
-    except (OSError, ValueError) as exc:  # ValueError: this machine has not both families
+    except (OSError, ValueError, OverflowError) as exc:  # ValueError: it has not both families
         text = f"HOST={host!r} PORT={port}: cannot listen there: {getattr(exc, 'strerror', exc)}"
         raise errors.ConfigError(text) from exc
 

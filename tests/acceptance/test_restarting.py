@@ -114,6 +114,19 @@ def test_a_job_runs_alone_from_its_third_kill_and_is_crashed_after_the_fifth(sta
     assert service.wait_for(service.send(1))["outcome"] == "succeeded"
 
 
+def test_a_job_that_kills_the_service_whenever_it_runs_alone_is_counted_each_time(start_process):
+    service = start_process(ANALYSIS="tests.misbehaving:act")
+    job_id = service.send(act("kill_service", 0.3))
+    for _ in range(4):
+        service.wait()
+        service.start()
+
+    assert service.wait() == -signal.SIGKILL
+    service.start()
+    job = service.wait_for(job_id)
+    assert (job["outcome"], job["starts"], job["interrupted"]) == ("crashed", 5, 5)
+
+
 def test_a_kill_during_a_planned_stop_is_held_against_nobody(start_process, gate):
     service = start_process(DRAIN="1h")
     job_id = service.send(gate.data)

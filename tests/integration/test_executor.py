@@ -235,10 +235,11 @@ def test_a_module_that_forks_when_it_is_imported_runs_once(own, start):
     assert Call(start(None, "own_analysis:run"), "", 0).result() == 1
 
 
-def test_an_analysis_may_replace_how_threads_start(own, start):
-    own("import _thread; del _thread.start_new_thread\ndef run(data): return 1")
+def test_an_analysis_may_replace_threads_locks_and_sockets(own, start):
+    replaced = "socket.socket = threading.Lock = _thread.start_new_thread = None"
+    own(f"import _thread, socket, threading\n{replaced}\ndef run(data): return 'x' * 3_000_000")
 
-    assert Call(start(None, "own_analysis:run"), "", 0).result() == 1
+    assert len(Call(start(None, "own_analysis:run"), "", 0).result()) == 3_000_000
 
 
 def test_an_analysis_that_ends_its_worker_politely_does_so_only_twice(one):
