@@ -87,7 +87,8 @@ def _machine(*, busy: bool) -> str:
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M UTC}, `{' '.join(['./run bench', *sys.argv[1:]])}`,"
         f" Python {platform.python_version()}, Linux {platform.release()}, {cores}"
-        f" ({model and model[1]}), load average at the start {os.getloadavg()[0]:.2f}"
+        f" ({model and model[1]}), load average at the start {os.getloadavg()[0]:.2f},"
+        " a commit on the disk alone p50 {:.1f} and p99 {:.1f} ms".format(*proc.disk_ms())
     )
 
 

@@ -101,17 +101,6 @@ def test_a_worker_that_is_told_to_stop_crashes_no_job(service, gate):
     assert service.wait_for(job_id)["outcome"] == "succeeded"
 
 
-@pytest.mark.parametrize("way", ["return", "raise", "exit", "exec"])
-def test_a_child_that_an_analysis_forks_disturbs_nobody(either, way):
-    ways = [act("fork", way) if number % 5 == 0 else act("echo", number) for number in range(20)]
-
-    jobs = either.wait_for_all([either.send(data) for data in ways])
-
-    expected = [way if number % 5 == 0 else number for number in range(20)]
-    assert [job["result"] for job in jobs] == expected
-    assert [job["starts"] for job in jobs] == [1] * 20
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 @EXECUTORS

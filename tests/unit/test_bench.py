@@ -22,10 +22,3 @@ def test_a_short_round_ends_in_a_table_with_every_job_delivered():
     assert done.returncode == 0, done.stderr
     assert "\n| Postback | " in done.stdout
     assert "* Postback: " not in done.stdout  # none missing, refused, broken or repeated
-
-
-def test_an_unknown_part_is_refused_with_the_list_of_parts():
-    done = bench("pears")
-
-    assert done.returncode == 2
-    assert "peers, kill, growth, start, executors, resume, steady" in done.stderr
