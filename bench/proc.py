@@ -57,7 +57,7 @@ def disk_ms() -> tuple[float, float]:
 
 
 def below(roots: Collection[int]) -> dict[int, list[str]]:
-    """Return the processes of these sessions and all below them, with their `stat` after the name."""
+    """Return the processes of these sessions and all below them, each with its `stat`."""
     every = {}
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
