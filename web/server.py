@@ -453,8 +453,8 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         if chunks is not None:
             self.body_bytes_received = len(chunks)  # without what is between them
             if max(len(chunks.control_line), len(chunks.trailer)) > MAX_LINE_BYTES:
-                self.error = BadRequest("A line between two chunks, or the trailer, is too long.")
-                self.completed = True
+                text = "A line between two chunks, or the trailer, is too long; send at most 8 KiB."
+                self.error, self.completed = BadRequest(text), True
         return size
 
     def parse_header(self, header_plus: bytes) -> None:
