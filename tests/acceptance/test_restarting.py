@@ -117,12 +117,10 @@ def test_a_job_runs_alone_from_its_third_kill_and_is_crashed_after_the_fifth(sta
 def test_a_job_that_kills_the_service_whenever_it_runs_alone_is_counted_each_time(start_process):
     service = start_process(ANALYSIS="tests.misbehaving:act")
     job_id = service.send(act("kill_service", 0.3))
-    for _ in range(4):
-        service.wait()
+    for _ in range(5):
+        assert service.wait() == -signal.SIGKILL
         service.start()
 
-    assert service.wait() == -signal.SIGKILL
-    service.start()
     job = service.wait_for(job_id)
     assert (job["outcome"], job["starts"], job["interrupted"]) == ("crashed", 5, 5)
 
