@@ -212,7 +212,7 @@ class Runner:
                 self._writer.hand_over(lambda: None, lambda _: self._look_for_attempts(0.0))
                 self._wake()
                 if self._drained.wait(BATCH_PAUSE_SECONDS):
-                    raise _unavailable("Stopping", f"{resent} are marked: send it again later.")
+                    raise _unavailable("Stopping", f"Resent so far: {resent}. Send it again later.")
             self._journal.probe(durable=True)
         finally:
             self._resending.release()

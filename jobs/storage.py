@@ -312,7 +312,7 @@ class Storage:
         if not is_new and value("PRAGMA application_id") != APPLICATION_ID:
             raise self._refusal("is a database of another program: name another file")
         if not is_new and value("PRAGMA user_version") != SCHEMA_VERSION:
-            raise self._refusal("was written by another version: start it, or name another file")
+            raise self._refusal("was written by another version: use that one, or another file")
         for name, wanted in PRAGMAS.items():
             connection.execute(f"PRAGMA {name} = {wanted}")
             if (got := value(f"PRAGMA {name}")) != wanted:

@@ -43,7 +43,7 @@ SHORT_BYTES = 64 * 1024
 #: are only a body: it takes quadratic time.
 READ_BYTES, PIECE_BYTES = 16 * 1024, 2 * 1024
 
-#: Of the line before a chunk, and of the trailer behind the last one. It takes quadratic time, too.
+#: Bytes of a line before a chunk, and of the trailer: waitress reads both in quadratic time.
 MAX_LINE_BYTES = 8 * 1024
 
 #: Answers that wait for one commit.
@@ -605,7 +605,7 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
-    except (OSError, ValueError, OverflowError) as exc:  # ValueError: it has not both families
+    except (OSError, ValueError, OverflowError) as exc:  # ValueError: no dual stack here
         text = f"HOST={host!r} PORT={port}: cannot listen there: {getattr(exc, 'strerror', exc)}"
         raise errors.ConfigError(text) from exc
 

@@ -242,7 +242,7 @@ def test_one_resend_of_all_is_made_at_a_time_and_says_when_a_stop_cut_it_short(
         assert "Another resend" in refusal(resend(), 503)
         service.service.runner._drained.set()
 
-        assert refusal(cut_short.result(20), 503) == "1 are marked: send it again later."
+        assert refusal(cut_short.result(20), 503) == "Resent so far: 1. Send it again later."
 
 
 def test_a_job_that_is_resent_during_the_stop_is_counted(start_hasty, monkeypatch):
