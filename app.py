@@ -13,12 +13,13 @@ import gc
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,14 +159,15 @@ class Api:
     def job(self, job_id: str) -> dict[str, Any]:
         """Answer GET /jobs/<id>: everything about one job."""
         job, body, event, attempts = self._journal.detail(job_id)
+        summary = self._summary(job)
         ending = json.loads(event)["data"] if event else {}
         links = {name: ending[name] for name in ending if name.startswith("result_")}
         if job.outcome and not event:  # the event is too large to be shown
             links = {"result_url": f"{self._base_url}/jobs/{job_id}/result"}
         if not job.ended_at:
-            bottle.response.set_header("Retry-After", str(_retry_after(job)))
+            bottle.response.set_header("Retry-After", str(_retry_after(summary)))
         return {
-            **self._summary(job),
+            **summary,
             "data": json.loads(body)["data"],
             "result": ending.get("result"),
             "error": ending.get("error"),
@@ -179,6 +181,9 @@ class Api:
         shown["progress"] = run.progress if run else None
         if run:
             shown["started_at"] = run.started_at
+        if job.next_attempt_at:  # a receiver that asked for a pause gets nothing before it ends
+            held = timedelta(seconds=self._runner.held_seconds(job.receiver))
+            shown["next_attempt_at"] = max(job.next_attempt_at, model.utc_now() + held)
         retention = timedelta(seconds=self._config.retention_seconds)
         shown["expires_at"] = job.ended_at and job.ended_at + retention
         return shown
@@ -287,8 +292,9 @@ class Service:
         own_url = _own_url(config.host, self.server.port)
         self.base_url = config.public_url or own_url
         self.postback_url = config.postback_url or f"{own_url}/postprocessed"
-        own_origins = frozenset(outbound.parts(url).origin for url in (self.base_url, own_url))
-        sender = postback.Sender(config, url=self.postback_url, own_origins=own_origins)
+        own = [f"{url}/postprocessed" for url in (self.base_url, own_url)]
+        own_urls = frozenset(outbound.parts(url).url for url in own)
+        sender = postback.Sender(config, url=self.postback_url, own_urls=own_urls)
         self.runner = Runner(
             config=config,
             journal=self.journal,
@@ -423,11 +429,11 @@ _SHOWN = (
 )
 
 
-def _retry_after(job: model.Job) -> int:
+def _retry_after(shown: Mapping[str, Any]) -> int:
     """Return the seconds after which another look at a job makes sense."""
-    next_at = job.next_start_at or job.next_attempt_at
+    next_at = shown["next_start_at"] or shown["next_attempt_at"]
     seconds = (next_at - model.utc_now()).total_seconds() if next_at else 2
-    return round(min(max(seconds, 1), 60))
+    return math.ceil(min(max(seconds, 1), 60))
 
 
 def _since(value: Any) -> datetime:

@@ -58,8 +58,8 @@ class Sender:
     Args:
         config: What it says about postbacks.
         url: Where events go unless the caller named another URL.
-        own_origins: The receivers that share our secrets, besides the origin of `url`. Each other
-            receiver has secrets of its own, so that none can forge an event to another.
+        own_urls: They share our secrets with the origin of `url`. Each other receiver has secrets
+            of its own, so that none can forge an event to another.
         clock: Gives the aware instant that is signed.
         random: Gives a number from 0 to 1, for the jitter.
     """
@@ -69,13 +69,13 @@ class Sender:
         config: Config,
         *,
         url: str,
-        own_origins: frozenset[str] = frozenset(),
+        own_urls: frozenset[str] = frozenset(),
         clock: Callable[[], datetime] = model.utc_now,
         random: Callable[[], float] = random.random,
     ) -> None:
         self._config = config
         self._url = url
-        self._own_origins = own_origins | {outbound.parts(url).origin}
+        self._own_urls, self._own_origin = own_urls, outbound.parts(url).origin
         self._clock = clock
         self._random = random
         ca_path = str(config.postback_ca_bundle or requests.utils.DEFAULT_CA_BUNDLE_PATH)
@@ -158,6 +158,7 @@ class Sender:
             if is_trusted and name.lower() not in job.forwarded
         }
         target = outbound.parts(job.postback_url or self._url)
+        scheduled = job.resent_after + len(self._config.postback_schedule_seconds)
         headers = {
             **own,
             **job.forwarded,
@@ -167,13 +168,11 @@ class Sender:
             "webhook-id": job.id,
             "webhook-timestamp": str(int(at.timestamp())),
             "webhook-attempt": str(job.attempts + 1),
-            "webhook-attempt-max": str(
-                job.resent_after + len(self._config.postback_schedule_seconds) + 1
-            ),
+            "webhook-attempt-max": str(max(job.attempts, scheduled) + 1),
         }
         if self._config.postback_secret:
             headers["webhook-signature"] = signatures.sign(
-                self._secrets_for(target.origin),
+                self._secrets_for(target),
                 webhook_id=job.id,
                 timestamp=at,
                 body=event,
@@ -183,10 +182,11 @@ class Sender:
         request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster
         return request
 
-    def _secrets_for(self, origin: str) -> Sequence[str]:
-        if origin in self._own_origins:
-            return self._config.postback_secret
-        return [signatures.secret_for(secret, origin) for secret in self._config.postback_secret]
+    def _secrets_for(self, target: outbound.Parts) -> Sequence[str]:
+        secrets = self._config.postback_secret
+        if target.origin == self._own_origin or target.url in self._own_urls:
+            return secrets
+        return [signatures.secret_for(secret, target.origin) for secret in secrets]
 
 
 def _fault(status_code: int) -> str | None:

@@ -372,7 +372,7 @@ class Runner:
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
         # Those that fail come last, or they could take every place.
         for receiver, due_at in sorted(receivers, key=lambda one: one[0] in self._failing):
-            seconds = max((due_at - now).total_seconds(), self._held_seconds(receiver))
+            seconds = max((due_at - now).total_seconds(), self.held_seconds(receiver))
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
             elif room := self._room(receiver):
@@ -386,7 +386,7 @@ class Runner:
         # With thousands of receivers it takes long, and the loop has more to do.
         self._rests_until = time.monotonic() + REST * (time.monotonic() - began)
 
-    def _held_seconds(self, receiver: str) -> float:
+    def held_seconds(self, receiver: str) -> float:
         """Return for how long this receiver wants no attempt."""
         return self._held.get(receiver, 0.0) - time.monotonic()
 
@@ -518,7 +518,7 @@ class Runner:
 
         def write() -> bytes | None:
             run.is_posting = False  # so that `_room` does not count it
-            is_late = self._held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
+            is_late = self.held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
             run.is_posting = True  # its place is free
             due_at = ending.finished_at if is_late else None
             event = self._end(run.job, ending, due_at=due_at)

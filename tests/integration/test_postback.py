@@ -25,7 +25,7 @@ from tests import receiver as script
 from tests.certificates import Certificates
 from tests.harness import ROOT, poll
 from tests.receiver import Receiver
-from web import outbound
+from web import outbound, signatures
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_" + "QUJD" * 10
@@ -48,10 +48,10 @@ SETTINGS = {
 }
 
 
-def sender_to(url, *, clock=lambda: NOW, random=lambda: 0.5, own_origins=frozenset(), **changes):
+def sender_to(url, *, clock=lambda: NOW, random=lambda: 0.5, own_urls=frozenset(), **changes):
     settings = {"timeout_seconds": 5.0, "schedule": [2.0] * 7, **changes}
     changed = replace(config.load(), **{SETTINGS[name]: settings[name] for name in settings})
-    options = {"clock": clock, "random": random, "own_origins": own_origins}
+    options = {"clock": clock, "random": random, "own_urls": own_urls}
     return postback.Sender(changed, url=url, **options)
 
 
@@ -176,16 +176,19 @@ def test_i34_a_caller_that_names_our_own_receiver_changes_no_secret(sender_with,
     with Receiver() as own:
         sender = sender_with(
             receiver.url,
-            own_origins=frozenset({own.origin}),
+            own_urls=frozenset({own.url}),
             policy=outbound.Policy.of(f"{receiver.origin} {own.origin}"),
             secrets=[SECRET],
             clock=lambda: datetime.now(UTC),
         )
-        for url in (receiver.url, own.url):
+        for url in (receiver.url, own.url, f"{own.origin}/of-somebody-else"):
             attempt(sender, url)
 
-        for request in (*receiver.wait_for(1), *own.wait_for(1)):
+        *ours, other = (*receiver.wait_for(1), *own.wait_for(2))
+        for request in ours:
             Webhook(SECRET).verify(request.body, request.headers)
+        secret = signatures.secret_for(SECRET, own.origin)
+        Webhook(secret).verify(other.body, other.headers)
 
 
 def test_headers_of_the_caller_and_of_the_operator_are_sent_too(sender_with, receiver):
