@@ -31,7 +31,7 @@ import postback
 from config import Config
 from jobs import model
 from jobs.dask_executor import DaskExecutor
-from jobs.errors import ConfigError, JournalError, Refusal
+from jobs.errors import ConfigError, Refusal
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from jobs.model import State
@@ -282,7 +282,7 @@ class Service:
 
         Raises:
             ConfigError: The journal, the address or the analysis cannot be used.
-            JournalError: What is unfinished cannot be resumed.
+            Refusal: What is unfinished cannot be resumed, or no worker can be started.
         """
         config = self.config
         self.journal.open()
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
             service.check()
             print("The settings are fine.")
             sys.exit(0)
-    except ConfigError as exc:
+    except (ConfigError, Refusal) as exc:
         _refuse(exc)
     # Before any other thread starts: threads inherit the mask, and `sigwait` needs it.
     signals = [one for one in STOP_SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
@@ -368,9 +368,9 @@ def _start(service: Service, settings: Config) -> None:
     try:
         service.start()
         _greet(service, settings)
-    except (ConfigError, JournalError) as exc:
+    except (ConfigError, Refusal) as exc:
         if not service.is_stopping:
-            _refuse(exc, EXIT_REFUSED if isinstance(exc, ConfigError) else EXIT_LOST)
+            _refuse(exc)
     except BaseException:
         log.exception("service not started")
         _exit(EXIT_LOST)
@@ -386,9 +386,9 @@ def _stop(service: Service) -> None:
         _exit(code)
 
 
-def _refuse(exc: Exception, code: int = EXIT_REFUSED) -> NoReturn:
+def _refuse(exc: Exception) -> NoReturn:
     logs.say(exc, sys.stderr)
-    _exit(code)
+    _exit(EXIT_REFUSED if isinstance(exc, ConfigError) else EXIT_LOST)  # a lack may pass
 
 
 def _exit(code: int) -> NoReturn:

@@ -251,7 +251,7 @@ def table() -> Iterator[tuple[str, str, str]]:
     for setting in fields(Config):
         name, spec = variable(setting.name), setting.metadata
         file = f" Or {name}_FILE, a file that contains it." if spec["secret"] else ""
-        yield name, spec["default"] or "", meanings[setting.name] + file
+        yield name, spec["default"] or "", meanings.get(setting.name, "") + file
 
 
 def without_password(text: str) -> str:

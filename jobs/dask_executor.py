@@ -79,7 +79,8 @@ class DaskExecutor(Executor):
             text = "EXECUTOR='dask': install requirements-dask.txt, as ./run does with this setting"
             raise errors.ConfigError(f"{text} ({exc})") from exc
         self._distributed = distributed
-        for name in ("distributed", "tornado"):  # our own log has one line for each change
+        # Our own log has one line for each change.
+        for name in ("distributed", "distributed.client", "tornado"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self._keeper.start()
 
@@ -190,7 +191,7 @@ class DaskExecutor(Executor):
                 client._timeout = 0  # noqa: SLF001 - there is no other way
                 self._note(client, None)
                 while client.status == "running" and not self._closed.wait(LOOK_SECONDS):
-                    has_workers = client.scheduler_info()["workers"]
+                    has_workers = client.scheduler_info().get("workers")
                     self._failure = None if has_workers else f"{self._url} has no worker."
                 raise ConnectionError("its scheduler was lost")  # noqa: TRY301 - as below
             except Exception as exc:  # noqa: BLE001 - whatever its libraries raise, it is away

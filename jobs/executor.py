@@ -172,7 +172,7 @@ class Executor:
         self._news = queue.SimpleQueue[Callable[[], None]]()  # what `listen` is to call
         self.selector = selectors.DefaultSelector()
 
-    def listen(self) -> None:
+    def listen(self, most: int | None = MAX_TURN) -> None:  # noqa: ARG002 - for workers
         """Deal with what other threads have told."""
         with suppress(queue.Empty):
             while True:
@@ -213,6 +213,7 @@ class WorkerExecutor(Executor):
 
         Raises:
             ConfigError: It cannot load the analysis.
+            Refusal: There are too many processes, or too little memory, which may pass.
         """
         seconds = 0.0
         while not (self._serving() or self._refusal):
@@ -224,7 +225,9 @@ class WorkerExecutor(Executor):
                 log.info("analysis loading", extra={"seconds": seconds})
         if problem := self.failure():
             self.close()
-            raise errors.ConfigError(problem)
+            if problem.startswith("ANALYSIS="):
+                raise errors.ConfigError(problem)
+            raise errors.Refusal(503, "No worker", problem)
         self._is_started = True
 
     def free(self) -> int:
@@ -267,10 +270,14 @@ class WorkerExecutor(Executor):
             self.held.discard(job_id)
             self._replace(run)
 
-    def listen(self) -> None:
-        """Deal with what workers have sent, and with their ends. Call it at least once a second."""
+    def listen(self, most: int | None = MAX_TURN) -> None:
+        """Deal with what workers have sent, and with their ends. Call it at least once a second.
+
+        Args:
+            most: How many workers' messages to read; None for all that there are.
+        """
         super().listen()
-        for key, events in self.selector.select(0)[:MAX_TURN]:
+        for key, events in self.selector.select(0)[:most]:
             if events & selectors.EVENT_WRITE:
                 self._send(key.data)
             if events & selectors.EVENT_READ:

@@ -30,10 +30,14 @@ from jobs.writer import Writer
 from postback import Sender
 from web.metrics import Metrics
 
-#: Attempts at once: in all, to one receiver, and to one whose last attempt failed.
+#: Attempts at once: in all, to one receiver, and to one that is not proven: it had none, or the
+#: last one failed. They get half of all places, so that those that hang hold up no other.
 MAX_ATTEMPTS = 512
 MAX_PER_RECEIVER = 128
-MAX_PER_FAILING_RECEIVER = 4
+MAX_PER_UNPROVEN_RECEIVER = 4
+
+#: Receivers that are remembered as proven.
+MAX_PROVEN = 10_000
 
 #: Jobs at once that run alone because they shared a worker that died.
 MAX_ALONE = 4
@@ -116,7 +120,7 @@ class Runner:
         self._wake = wake  # has the loop call `work`
         self._runs: dict[str, Run] = {}  # a job while a worker, an attempt or the writer has it
         self._waiting = 0  # accepted jobs that may start
-        self._failing: set[str] = set()  # receivers whose last attempt failed
+        self._proven = {""}  # receivers whose last attempt succeeded, and the configured one
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_draining = False
         self._is_crowded = False  # a due attempt waits until another one ends
@@ -254,6 +258,8 @@ class Runner:
         if self._is_draining:
             raise _unavailable("Stopping", "The service is stopping: send it again later.")
         if self._waiting >= limit:
+            if failure := self._journal.failure:  # what it did not take was counted, too
+                raise failure
             free = max(0, self._config.max_running - self._count(is_posting=False))
             if self._waiting >= limit + free:
                 text = f"{limit} jobs are waiting, which is MAX_PENDING: send it again later."
@@ -293,7 +299,9 @@ class Runner:
 
     def _work_once(self, now: float) -> None:
         if now >= self._times_out_at:
-            self._sender.transport.work()  # the machine may have slept: what has ended is not lost
+            # The machine may have slept: what has ended is not lost.
+            self._executor.listen(None)
+            self._sender.transport.work()
             self._time_out(now)
         is_tick = now >= self._tick_at
         self._writer.write(retry=is_tick)
@@ -366,12 +374,8 @@ class Runner:
         self._attempts_at, self._is_crowded = math.inf, False
         now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
-        # Forget receivers for which no attempt is due, will be, or is under way.
-        under_way = {run.job.receiver for run in self._runs.values()}
-        self._failing &= under_way.union(receiver for receiver, _ in receivers)
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
-        # Those that fail come last, or they could take every place.
-        for receiver, due_at in sorted(receivers, key=lambda one: one[0] in self._failing):
+        for receiver, due_at in sorted(receivers, key=lambda one: one[0] not in self._proven):
             seconds = max((due_at - now).total_seconds(), self.held_seconds(receiver))
             if seconds > 0:
                 next_seconds = min(next_seconds, seconds)
@@ -392,10 +396,10 @@ class Runner:
 
     def _room(self, receiver: str) -> int:
         """Return how many more attempts may be made for this receiver now."""
-        failing = receiver in self._failing
-        limit = MAX_PER_FAILING_RECEIVER if failing else MAX_PER_RECEIVER
+        is_proven = receiver in self._proven
+        limit = MAX_PER_RECEIVER if is_proven else MAX_PER_UNPROVEN_RECEIVER
         limit -= self._count(is_posting=True, receiver=receiver)
-        most = MAX_ATTEMPTS // 2 if failing else MAX_ATTEMPTS  # half is for those that do not fail
+        most = MAX_ATTEMPTS if is_proven else MAX_ATTEMPTS // 2
         room = max(0, min(limit, most - self._count(is_posting=True)))
         self._is_crowded |= not room
         return room
@@ -574,7 +578,9 @@ class Runner:
         if attempt.hold_seconds:
             until = time.monotonic() + attempt.hold_seconds
             self._held[job.receiver] = max(until, self._held.get(job.receiver, 0.0))
-        (self._failing.discard if attempt.delivered else self._failing.add)(job.receiver)
+        if len(self._proven) > MAX_PROVEN:
+            self._proven = {""}
+        (self._proven.add if attempt.delivered else self._proven.discard)(job.receiver)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:
             facts: dict[str, Any] = {"attempt": attempt.number, "receiver": job.receiver or None}

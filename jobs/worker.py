@@ -81,6 +81,9 @@ HINTS: Mapping[str, str] = {
     ".tolist()": "numpy.ndarray pandas.Index pandas.ExtensionArray array.array",
     ".to_dict()": "pandas.Series",
     '.to_dict("records")': "pandas.DataFrame",
+    '.model_dump(mode="json")': "pydantic.BaseModel",
+    ".value": "enum.Enum",
+    "[x.real, x.imag]": "complex numpy.complexfloating",
     "None": "pandas.NaTType pandas.NAType",
     ".isoformat()": "datetime.date datetime.time",
     "float(...), or str(...) for all digits": "decimal.Decimal",
@@ -102,6 +105,8 @@ job_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("job_id", de
 
 # Taken before the analysis can replace them, as gevent does.
 _Lock, _Socket = threading.Lock, socket.socket
+
+_working = set[socket.socket]()  # a connection for each job that runs here
 
 _OURS = (__file__, importlib.__file__, "<frozen ")
 _LIBRARY = re.compile(f"{re.escape(str(Path(os.__file__).parent))}/|.*-packages/")
@@ -329,6 +334,8 @@ def _places(exc: BaseException) -> list[str]:
             if not (code := frame.f_code).co_filename.startswith(_OURS):
                 places.append(_clean(f"{code.co_filename}:{number} {code.co_name}", 500))
         inner = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        if isinstance(cause, BaseExceptionGroup):
+            inner = cause.exceptions[0]
         if inner is not None and len(causes) < MAX_FRAMES:  # there may be a circle
             causes.append(inner)
     # Compiled libraries name their files relative to their own folder.
@@ -392,11 +399,11 @@ def _error(exc: BaseException, kind: str | None = None) -> bytes:
     facts: dict[str, Any] = {"kind": kind or "Exception", "may_run_again": kind is None}
     facts |= {"message": "(its message cannot be read)", "frames": []}
     with suppress(BaseException):  # an exception of the user's may not even print
+        facts["frames"] = _places(exc)[-MAX_FRAMES:]
         while isinstance(exc, BaseExceptionGroup):
             exc = exc.exceptions[0]
         facts["kind"] = kind or _clean(type(exc).__name__, MAX_NOTE)
         facts["message"] = _clean(str(exc), MAX_MESSAGE)
-        facts["frames"] = _places(exc)[-MAX_FRAMES:]
     return json.dumps(facts).encode()
 
 
@@ -453,6 +460,7 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
         job_id.set(job.id)
         kind, payload = run(analyze, _read(connection, body_size), job)
         with job.lock:  # a report that is under way is waited for
+            _working.discard(connection)
             send(connection, kind, payload)
 
 
@@ -466,7 +474,7 @@ def _report(connection: socket.socket, fraction: float, note: str, kept: str | N
 
 def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
     """Start a thread for each connection that the service sends, until the service is gone."""
-    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    flags, folder = getattr(socket, "MSG_CMSG_CLOEXEC", 0), Path.cwd()
     while True:
         sent, descriptors, _, _ = socket.recv_fds(control, 1, 1, flags)
         if not sent:
@@ -477,6 +485,10 @@ def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
                 os.close(low)
             connection = _Socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, number)
             connection.settimeout(None)  # the analysis may have set a default
+            if not _working:  # a job before may have changed it
+                with suppress(OSError):
+                    os.chdir(folder)
+            _working.add(connection)
             try:  # a threading.Thread costs 0.1 ms more, because it waits until the thread runs
                 start_new_thread(_work, (connection, analyze))
             except RuntimeError:  # there are too many threads: the service loads another worker
@@ -593,15 +605,14 @@ def _analyze(path: str) -> None:
     _find_modules()
     payload = _payload(path)
     _add_job_ids()
-    try:
-        analyze = load(name)
-    except LoadError as exc:
-        sys.exit(f"ANALYSIS={name!r}: {exc}")
-    _log_plainly("info")
     facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
     try:
         with redirect_stdout(sys.stderr):  # the result alone is printed to the standard output
+            analyze = load(name)
+            _log_plainly("info")
             value = call(analyze, payload["data"], Job(_draw, **facts))
+    except LoadError as exc:
+        sys.exit(f"ANALYSIS={name!r}: {exc}")
     except SystemExit as exc:
         sys.exit(f"The analysis called sys.exit({exc.code!r}), with which a job fails.")
     finally:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -148,6 +149,7 @@ def meddle(data: str) -> str:
         with contextlib.suppress(OSError):
             os.write(1, b"progress\n")
     if data == "change directory":
+        pathlib.Path("run").stat()  # no other job has changed it
         os.chdir("/")
     if data == "set a handler":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -262,7 +262,7 @@ class _Request(pycurl.Curl):  # type: ignore[misc]
             return requests.ConnectionError(self._reason(code, text))
         answer = requests.Response()
         answer.status_code, answer.raw = status_code, io.BytesIO(self.body)
-        for name, _, value in (line.partition(":") for line in lines):
+        for name, _, value in (line.partition(":") for line in lines[: lines.index("")]):
             answer.headers[name] = value.strip()
         answer.headers["retry-after"] = str(self.getinfo(pycurl.RETRY_AFTER))
         return answer

@@ -22,9 +22,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bottle
+import waitress.channel
+import waitress.server
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
@@ -100,6 +103,9 @@ _ENCODE = json.JSONEncoder(default=model.text_of).encode
 _LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){1,3}|::1")
 
 log = logging.getLogger("postback")
+
+# waitress would measure silence by the wall clock, which may be set.
+waitress.channel.time = waitress.server.time = SimpleNamespace(time=time.monotonic)
 
 
 class Application(bottle.Bottle):  # type: ignore[misc]
@@ -465,7 +471,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("The path or the Content-Length is not valid.") from exc
         if "TRANSFER_ENCODING" in self.headers:  # RFC 9112, section 6.1
             raise ParsingError("Transfer-Encoding needs HTTP/1.1.")
-        options = re.split(r"[ \t]*,[ \t]*", self.headers.get("CONNECTION", "").lower())
+        options = [one.strip() for one in self.headers.get("CONNECTION", "").lower().split(",")]
         is_ambiguous = self.chunked and "CONTENT_LENGTH" in self.headers  # section 6.3
         if is_ambiguous or "close" in options:  # one of several (section 9.6)
             self.headers["CONNECTION"] = "close"
@@ -481,6 +487,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = _Parser
     lingers_until = math.inf
     close_when_flushed: bool
+    _later = b""  # was read, and is parsed when the requests before it are answered
 
     def task_class(self, _: HTTPChannel, request: Any) -> Any:
         """Return the task that answers a request. waitress made the request for its own errors."""
@@ -507,6 +514,10 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def readable(self) -> bool:
         """Return whether the loop waits for bytes from this connection."""
         waits = bool(self.connected and super().readable())
+        if waits and self._later:
+            self.received(self._later)
+            self.server.wake()  # the loop is about to wait
+            waits = super().readable()
         if waits and self.server.silent:
             self.server.silent.add(self)
             waits = False
@@ -528,12 +539,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def received(self, data: bytes) -> None:
         """Read bytes of requests, or throw them away, which shortens the time to linger."""
         if self.lingers_until == math.inf:
-            request = self.request
-            is_body = request and request.headers_finished and not request.chunked
-            size = len(data) if is_body else PIECE_BYTES
-            for start in range(0, len(data), size):
-                piece = data[start : start + size]
+            while data and not self.requests:
+                size, request = PIECE_BYTES, self.request
+                if request and request.headers_finished and not request.chunked:
+                    size = request.content_length - request.body_bytes_received
+                piece, data = data[:size], data[size:]
                 super().received(piece if self.request else piece.lstrip(b"\r\n"))
+            self._later = data  # a thousand requests may have come at once
             return
         self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
         if self.lingers_until < time.monotonic():
@@ -572,7 +584,7 @@ class _Silent(_Watched):
 
     def handle_read(self) -> None:
         """Give connections back to the loop, because their callers sent something."""
-        for fd, flags in self._epoll.poll(0):
+        for fd, flags in self._epoll.poll(0, MAX_TURN):
             self._epoll.unregister(fd)
             self._map[fd] = self._channels[fd]
             wasyncore.readwrite(self._channels[fd], flags)

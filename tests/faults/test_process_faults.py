@@ -86,6 +86,19 @@ def test_g13_a_stopped_process_goes_on_where_it_was(start_process, receiver, gat
     assert len(receiver.requests) == 3  # the first was refused once
 
 
+def test_g13_what_ended_while_the_service_was_stopped_is_no_time_out(start_process, gate):
+    service = start_process(JOB_TIMEOUT="2s", MAX_RUNNING="100")
+    sent = [service.send(gate.data) for _ in range(100)]
+    gate.wait_for(100)
+
+    os.kill(service.pid, signal.SIGSTOP)
+    gate.open()
+    threading.Event().wait(2.5)
+    os.kill(service.pid, signal.SIGCONT)
+
+    assert {job["outcome"] for job in service.wait_for_all(sent)} == {"succeeded"}
+
+
 # A full disk
 
 

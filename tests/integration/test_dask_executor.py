@@ -150,6 +150,7 @@ def test_a_cluster_that_is_away_is_waited_for(own_cluster, start, tmp_path, capl
 
     assert call.wait() == model.Again(pause_seconds=1.0)
     poll(lambda: not one.free(), "the loss")
+    assert "its scheduler was lost" in one.failure()
     (tmp_path / "go").touch()
     own_cluster.start(workers=1)
     poll(one.free, "the cluster", timeout=25)

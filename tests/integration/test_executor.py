@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -475,6 +476,14 @@ def test_an_analysis_that_cannot_be_loaded_refuses_the_start(own, start, source,
     [line] = str(caught.value).splitlines()
     assert line.startswith(f"ANALYSIS='own_analysis:run': {problem}")
     assert "\n" not in line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket is left
+def test_a_worker_that_cannot_start_is_a_lack_that_may_pass(start, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+
+    with pytest.raises(errors.Refusal, match="No worker can be started: "):
+        start(2)
 
 
 def test_the_modules_of_the_user_are_found_before_ours(own, start):

@@ -184,7 +184,7 @@ def test_i34_a_caller_that_names_our_own_receiver_changes_no_secret(sender_with,
         for url in (receiver.url, own.url, f"{own.origin}/of-somebody-else"):
             attempt(sender, url)
 
-        *ours, other = (*receiver.wait_for(1), *own.wait_for(2))
+        ours, other = [*receiver.wait_for(1), own.wait_for(2)[0]], own.requests[1]
         for request in ours:
             Webhook(SECRET).verify(request.body, request.headers)
         secret = signatures.secret_for(SECRET, own.origin)
@@ -775,6 +775,13 @@ def test_f12_retry_after_may_be_a_date(sender, receiver, seconds, expected):
     receiver.answers = [status(503, Retry_After=date)]
 
     assert attempt(sender).hold_seconds == pytest.approx(expected, abs=10)
+
+
+def test_a_trailer_is_no_header(sender, receiver):
+    trailer = b"0\r\nwebhook-delivery: abort-message\r\n\r\n"
+    receiver.answers = [b"HTTP/1.1 500 x\r\nTransfer-Encoding: chunked\r\n\r\n" + trailer]
+
+    assert attempt(sender).seconds_until_next
 
 
 def test_an_error_that_nobody_expected_is_a_failed_attempt(sender):

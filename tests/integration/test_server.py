@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 import urllib.request
 import weakref
 from http.client import HTTPConnection
@@ -534,13 +535,32 @@ def test_a_caller_that_never_reads_is_cut_off_without_an_error(serve, impatient,
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /process HT", post(length=100), get("/x")])
-def test_a_connection_that_is_silent_for_too_long_is_closed(serve, impatient, sent):
+def test_a_connection_that_is_silent_for_too_long_is_closed(serve, impatient, monkeypatch, sent):
     service = serve({"/x": lambda: b"x" * 24_000_000})
     with connected(service) as (conn, _):
         conn.sendall(sent)
         assert exchange(service, LIVEZ)[0] == 200
+        monkeypatch.setattr(time, "time", lambda: 0.0)  # somebody sets the clock back
 
         gone(service)
+
+
+def test_of_many_requests_at_once_a_few_are_parsed_at_a_time(serve):
+    began, gate = threading.Event(), threading.Event()
+
+    def wait():
+        began.set()
+        return str(gate.wait(10))
+
+    service = serve({"/x": wait})
+    with connected(service) as (conn, stream):
+        conn.sendall(get("/x") + LIVEZ * 300)
+        assert began.wait(5)
+
+        (channel,) = service.server.active_channels.values()
+        assert len(channel.requests) <= server.PIECE_BYTES / len(LIVEZ) + 1
+        gate.set()
+        assert [answer(stream)[0] for _ in range(301)] == [200] * 301
 
 
 @pytest.mark.parametrize("has_epoll", [True, False])

@@ -206,7 +206,7 @@ def test_what_goes_wrong_is_said_in_the_terminal(name, text, message):
     ],
 )
 def test_what_the_analysis_logs_is_seen_in_the_terminal(tmp_path, monkeypatch, set_up, line):
-    source = f"import logging\n{set_up}\ndef run(data): logging.warning('seen')"
+    source = f"import logging; print()\n{set_up}\ndef run(data): logging.warning('seen')"
     (tmp_path / "own_logs.py").write_text(source, encoding="ascii")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -214,7 +214,7 @@ def test_what_the_analysis_logs_is_seen_in_the_terminal(tmp_path, monkeypatch, s
 
     assert done.stdout == "null\n"
     assert done.stderr.strip().endswith(line)
-    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_progress_is_a_bar_on_a_terminal():

@@ -70,6 +70,7 @@ def test_what_is_not_json_is_named_by_its_path(value, fault):
     [
         ({1}, "sorted(...) or list(...)"),
         (range(3), "list(...)"),
+        (1j, "[x.real, x.imag]"),
         (Point(), "dataclasses.asdict(...)"),
         (pathlib.Path(), "str(...), or its parts"),
         (collections.deque(), "list(...)"),
@@ -280,8 +281,9 @@ def test_of_a_failure_the_places_in_the_users_code_are_told(job):
 
     assert kinds == (worker.ERROR, worker.ERROR)
     assert (group["kind"], group["message"], cause["kind"]) == ("KeyError", "'a'", "OSError")
-    line = fail_for_a_reason.__code__.co_firstlineno
-    assert cause["frames"] == [f"{__file__}:{line + n} fail_for_a_reason" for n in (4, 2)]
+    for one, facts, lines in ((fail_twice, group, (4,)), (fail_for_a_reason, cause, (4, 2))):
+        line = one.__code__.co_firstlineno
+        assert facts["frames"] == [f"{__file__}:{line + n} {one.__name__}" for n in lines]
 
 
 @pytest.mark.parametrize(
