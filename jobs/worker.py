@@ -215,22 +215,25 @@ def encode(value: Any, root: str = "result") -> bytes:
     except (TypeError, ValueError, RecursionError) as exc:
         raise NotJSONError(next(_faults(root, value), f"{root} is not JSON: {exc}")) from None
     # The encoder writes keys 1 and "1" alike, and how deep it goes depends on Python's version.
-    if not _is_sound(value) and (fault := next(_faults(root, value), None)):
+    if not is_sound(value, MAX_DEPTH) and (fault := next(_faults(root, value), None)):
         raise NotJSONError(fault)
     return text
 
 
-def _is_sound(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Return whether depth and keys are certainly right. It is quick: it passes over scalars."""
-    if isinstance(value, dict):
-        if any(type(key) is not str for key in value):
+def is_sound(value: Any, max_depth: int) -> bool:
+    """Return whether depth and keys are certainly right. A scalar is 0 deep, `[]` is 1.
+
+    It is quick: it goes level by level, and passes over scalars.
+    """
+    level, depth = [value], 0
+    while level and depth < max_depth:
+        level = [one for one in level if isinstance(one, dict | list | tuple)]
+        if any(type(key) is not str for one in level if isinstance(one, dict) for key in one):
             return False
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return True
-    return levels > 0 and all(
-        _is_sound(one, levels - 1) for one in value if type(one) not in _SCALARS
-    )
+        parts = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [child for part in parts for child in part if type(child) not in _SCALARS]
+        depth += 1
+    return not level
 
 
 def _faults(path: str, value: Any, levels: int = MAX_DEPTH) -> Iterator[str]:

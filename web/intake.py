@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from jobs import errors
+from jobs import errors, worker
 
 #: Levels of arrays and objects allowed in the value under "data".
 MAX_DEPTH = 64
@@ -125,7 +125,7 @@ def parse(body: bytes, *, max_depth: int) -> Any:
     except RecursionError:
         _refuse_depth(max_depth)
     # Counting brackets costs far less than walking the value, and is mostly enough.
-    if body.count(b"[") + body.count(b"{") > max_depth and depth_of(value) > max_depth:
+    if body.count(b"[") + body.count(b"{") > max_depth and not worker.is_sound(value, max_depth):
         _refuse_depth(max_depth)
     if _SURROGATE_ESCAPE.search(body):
         try:
@@ -134,17 +134,6 @@ def parse(body: bytes, *, max_depth: int) -> Any:
             detail = "A \\u escape is half of a surrogate pair; send both halves."
             raise _invalid(detail) from exc
     return value
-
-
-def depth_of(value: Any) -> int:
-    """Return how deep a JSON value is nested. A scalar is 0, `[]` is 1."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [
-            child for item in level for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return depth
 
 
 def prefers_async(environ: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import bottle
 
 import config
-from jobs import errors, model
+from jobs import errors, model, worker
 from jobs.journal import Journal
 from web import intake, logs, signatures
 from web.server import Application, Server, is_local, json_answer
@@ -146,7 +146,7 @@ def _check_event(body: bytes) -> None:
     with contextlib.suppress(ValueError, RecursionError):
         event = json.loads(body.decode())
         json.dumps(event, allow_nan=False)
-        if isinstance(event, dict) and intake.depth_of(event) <= MAX_DEPTH:
+        if isinstance(event, dict) and worker.is_sound(event, MAX_DEPTH):
             return
     detail = f"The event is not a JSON object in UTF-8, of at most {MAX_DEPTH} levels."
     raise errors.Refusal(400, "Invalid request", detail)
