@@ -39,7 +39,7 @@ import traceback
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout, suppress
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -430,14 +430,11 @@ def analyze_on_dask(
 # The connection of a job
 
 
-def _read(connection: socket.socket, size: int) -> bytes:
+def _read(stream: io.BufferedIOBase, size: int) -> bytes:
     """Return as many bytes. Raises OSError when the other end has hung up."""
-    data = b""
-    while len(data) < size:
-        more = connection.recv(size - len(data), socket.MSG_WAITALL)
-        if not more:
-            raise ConnectionError
-        data += more
+    data = stream.read(size)
+    if len(data) < size:
+        raise ConnectionError
     return data
 
 
@@ -456,23 +453,24 @@ def _work(connection: socket.socket, analyze: Callable[[Any, Job], Any]) -> None
     """Run one job, in a thread of its own."""
     # Before 3.13, what `current_thread()` returns here would be left for the next such thread.
     threading._active.pop(threading.get_ident(), None)  # type: ignore[attr-defined] # noqa: SLF001
-    with suppress(OSError), connection:  # the service has hung up
+    stream = connection.makefile("rb")
+
+    def report(fraction: float, note: str, kept: str | None) -> None:
+        send(connection, PROGRESS, _encode([fraction, note, kept]).encode())
+        if kept is not None:
+            _, length = FRAME.unpack(_read(stream, FRAME.size))
+            if problem := _read(stream, length):
+                raise RuntimeError(problem.decode())
+
+    with suppress(OSError), connection, stream:  # the service has hung up
         connection.sendall(START)
-        header_size, body_size = LENGTHS.unpack(_read(connection, LENGTHS.size))
-        job = Job(partial(_report, connection), **json.loads(_read(connection, header_size)))
+        header_size, body_size = LENGTHS.unpack(_read(stream, LENGTHS.size))
+        job = Job(report, **json.loads(_read(stream, header_size)))
         job_id.set(job.id)
-        kind, payload = run(analyze, _read(connection, body_size), job)
+        kind, payload = run(analyze, _read(stream, body_size), job)
         with job.lock:  # a report that is under way is waited for
             _working.discard(connection)
             send(connection, kind, payload)
-
-
-def _report(connection: socket.socket, fraction: float, note: str, kept: str | None) -> None:
-    send(connection, PROGRESS, _encode([fraction, note, kept]).encode())
-    if kept is not None:
-        _, length = FRAME.unpack(_read(connection, FRAME.size))
-        if problem := _read(connection, length):
-            raise RuntimeError(problem.decode())
 
 
 def _serve(control: socket.socket, analyze: Callable[[Any, Job], Any]) -> None:
