@@ -218,8 +218,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 `environ["postback.after"]` is called once the answer was sent.
             turn: A transaction for what the requests of a turn write. If it fails, their answers
                 become a 503, and what they appended is not called.
-            work: What else the loop does after each turn. Returns after how many seconds to call it
-                again at the latest.
+            work: What else the loop does before each turn. Returns after how many seconds to call
+                it again at the latest. It deals with its own errors.
             on_answer: Is called with each answer that was sent.
             watched: Descriptors. `work` is called as soon as one can be read.
         """
@@ -252,24 +252,16 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.accepting, self._stop_at = False, time.monotonic() + STOP_SECONDS
 
     def _run(self) -> None:
-        seconds = 0.0
         while self._stop_at == math.inf or self._is_answering():
             try:
+                self._is_awake = False  # before it looks at anything, so that no waking is lost
+                seconds = self._work()
                 wasyncore.poll2(0.0 if self.short else min(seconds, TICK_SECONDS), self._map)
                 self._is_awake = True  # so that an answer of its own does not wake it
                 self._answer_short()
             except Exception:
                 log.exception("server failed")
                 threading.Event().wait(PAUSE_SECONDS)
-            self._is_awake = False  # before it looks at anything, so that no waking is lost
-            seconds = self._do_work()
-
-    def _do_work(self) -> float:
-        try:
-            return self._work()
-        except Exception:
-            log.exception("server failed")
-            return PAUSE_SECONDS
 
     def _is_answering(self) -> bool:
         channels = self.active_channels.values()
