@@ -31,7 +31,7 @@ import postback
 from config import Config
 from jobs import model
 from jobs.dask_executor import DaskExecutor
-from jobs.errors import ConfigError, Refusal
+from jobs.errors import ConfigError, Refusal, invalid
 from jobs.executor import WorkerExecutor
 from jobs.journal import Journal
 from jobs.model import State
@@ -152,7 +152,7 @@ class Api:
         query = bottle.request.query
         state, before = query.get("state"), query.get("before")
         if state is not None and state not in list(State):
-            raise _invalid(f"state must be one of {', '.join(State)}.")
+            raise invalid(f"state must be one of {', '.join(State)}.")
         page = self._journal.page(state=state, limit=_limit(), before=before)
         return {"jobs": [self._summary(job) for job in page]}
 
@@ -229,9 +229,9 @@ class Api:
         body = intake.read_body(bottle.request.environ, max_bytes=ENVELOPE_BYTES)
         wanted = intake.parse(body, max_depth=1)
         if not isinstance(wanted, dict) or wanted.keys() - {"state", "since"}:
-            raise _invalid('Send {"state": "undelivered"}, and perhaps "since".')
+            raise invalid('Send {"state": "undelivered"}, and perhaps "since".')
         if wanted.get("state") != State.UNDELIVERED:
-            raise _invalid('state must be "undelivered".')
+            raise invalid('state must be "undelivered".')
         return {"resent": self._runner.resend_undelivered(_since(wanted.get("since")))}
 
     def received(self) -> dict[str, Any]:
@@ -442,18 +442,14 @@ def _since(value: Any) -> datetime:
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         since = datetime.fromisoformat(value)
         return since.astimezone(UTC) if since.tzinfo else since.replace(tzinfo=UTC)
-    raise _invalid("since must be an instant such as 2026-01-02T03:04:05Z.")
+    raise invalid("since must be an instant such as 2026-01-02T03:04:05Z.")
 
 
 def _limit() -> int:
     text = bottle.request.query.get("limit", str(PAGE))
     if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= MAX_PAGE):
-        raise _invalid(f"limit must be a whole number from 1 to {MAX_PAGE}.")
+        raise invalid(f"limit must be a whole number from 1 to {MAX_PAGE}.")
     return int(text)
-
-
-def _invalid(detail: str) -> Refusal:
-    return Refusal(400, "Invalid request", detail)
 
 
 def _own_url(host: str, port: int) -> str:

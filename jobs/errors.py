@@ -28,6 +28,11 @@ class Refusal(Exception):  # noqa: N818 - a refusal is an answer
         self.retry_after_seconds = retry_after_seconds
 
 
+def invalid(detail: str) -> Refusal:
+    """Return the refusal of a request that is not what it should be."""
+    return Refusal(400, "Invalid request", detail)
+
+
 class MoveError(Refusal):
     """The job's state does not allow the move. Nothing was changed."""
 

@@ -71,9 +71,9 @@ def read_payload(environ: Mapping[str, Any], *, max_bytes: int) -> Payload:
     body = read_body(environ, max_bytes=max_bytes, hint=hint)
     fields = parse(body, max_depth=MAX_DEPTH + 1)  # the payload's own braces are a level
     if not isinstance(fields, dict):
-        raise _invalid('The body is not a JSON object; send {"data": ...}.')
+        raise errors.invalid('The body is not a JSON object; send {"data": ...}.')
     if problems := list(_problems(fields)):
-        raise _invalid(" ".join(problems))
+        raise errors.invalid(" ".join(problems))
     return Payload(
         body=body,
         postback_url=fields.get("postback_url"),
@@ -102,7 +102,7 @@ def read_body(environ: Mapping[str, Any], *, max_bytes: int, hint: str = "") -> 
         detail = f"The body is larger than {max_bytes} bytes; send less. {hint}".rstrip()
         raise errors.Refusal(413, "Body too large", detail)
     if not length:
-        raise _invalid('The body is empty; send JSON such as {"data": 1}.')
+        raise errors.invalid('The body is empty; send JSON such as {"data": 1}.')
     _check_type(environ)
     body: bytes = environ["wsgi.input"].read()
     return body
@@ -121,7 +121,7 @@ def parse(body: bytes, *, max_depth: int) -> Any:
     try:
         value = _DECODER.decode(body.decode())
     except ValueError as exc:
-        raise _invalid(f"The body is not valid JSON in UTF-8: {exc}.") from exc
+        raise errors.invalid(f"The body is not valid JSON in UTF-8: {exc}.") from exc
     except RecursionError:
         _refuse_depth(max_depth)
     # Counting brackets costs far less than walking the value, and is mostly enough.
@@ -132,7 +132,7 @@ def parse(body: bytes, *, max_depth: int) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as exc:  # there is no UTF-8 for it (RFC 3629)
             detail = "A \\u escape is half of a surrogate pair; send both halves."
-            raise _invalid(detail) from exc
+            raise errors.invalid(detail) from exc
     return value
 
 
@@ -146,10 +146,6 @@ def bearer_token(environ: Mapping[str, Any]) -> str | None:
     """Return the token of `Authorization: Bearer` (RFC 6750), printable ASCII, or None."""
     found = _BEARER.fullmatch(environ.get("HTTP_AUTHORIZATION", "").strip(" \t"))
     return found[1] if found else None
-
-
-def _invalid(detail: str) -> errors.Refusal:
-    return errors.Refusal(400, "Invalid request", detail)
 
 
 def _check_type(environ: Mapping[str, Any]) -> None:
@@ -190,7 +186,7 @@ def _idempotency_key(environ: Mapping[str, Any]) -> str | None:
     key = (found[2] or re.sub(r"\\(.)", r"\1", found[1])) if found else ""
     if not 1 <= len(key) <= 255:
         rule = "send 1 to 255 printable ASCII characters."
-        raise _invalid(f"Idempotency-Key is {_shown(header)}; {rule}")
+        raise errors.invalid(f"Idempotency-Key is {_shown(header)}; {rule}")
     return key
 
 
@@ -204,30 +200,30 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
-        raise _invalid(f"An object has the key {_shown(name)} {count} times; send it once.")
+        raise errors.invalid(f"An object has the key {_shown(name)} {count} times; send it once.")
     return fields
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_INTEGER_LENGTH:
         limit = f"send at most {MAX_INTEGER_LENGTH}."
-        raise _invalid(f"An integer has {len(digits)} characters; {limit}")
+        raise errors.invalid(f"An integer has {len(digits)} characters; {limit}")
     return int(digits)
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise _invalid(f"{_shown(digits)} is too large; send at most 1.79e308.")
+        raise errors.invalid(f"{_shown(digits)} is too large; send at most 1.79e308.")
     return number
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _invalid(f"{name} is not JSON; send null or a string instead.")
+    raise errors.invalid(f"{name} is not JSON; send null or a string instead.")
 
 
 def _refuse_depth(max_depth: int) -> NoReturn:
-    raise _invalid(f"The JSON is nested too deeply; send at most {max_depth} levels.")
+    raise errors.invalid(f"The JSON is nested too deeply; send at most {max_depth} levels.")
 
 
 def _shown(text: str) -> str:

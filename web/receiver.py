@@ -149,7 +149,7 @@ def _check_event(body: bytes) -> None:
         if isinstance(event, dict) and worker.is_sound(event, MAX_DEPTH):
             return
     detail = f"The event is not a JSON object in UTF-8, of at most {MAX_DEPTH} levels."
-    raise errors.Refusal(400, "Invalid request", detail)
+    raise errors.invalid(detail)
 
 
 if __name__ == "__main__":

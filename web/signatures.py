@@ -90,17 +90,17 @@ def verify(
     """
     webhook_id, seconds, given = (headers.get(name, "") for name in HEADERS)
     if not webhook_id or not given:
-        raise _refused(401, "The headers webhook-id and webhook-signature are needed.")
+        raise _unauthorized("The headers webhook-id and webhook-signature are needed.")
     if not _TIMESTAMP.fullmatch(seconds):
-        raise _refused(400, "webhook-timestamp must be a whole number of Unix seconds.")
+        raise errors.invalid("webhook-timestamp must be a whole number of Unix seconds.")
     if abs(now.timestamp() - int(seconds)) > TOLERANCE_SECONDS:
         limit = f"more than {TOLERANCE_SECONDS} s off"
-        raise _refused(400, f"webhook-timestamp is {limit}. Sign with the current time.")
+        raise errors.invalid(f"webhook-timestamp is {limit}. Sign with the current time.")
     # As bytes: compare_digest refuses text that is not ASCII.
     candidates = given.encode("utf-8", "surrogatepass").split(b" ")
     expected = [_signature(secret, webhook_id, seconds, body).encode() for secret in secrets]
     if not any(hmac.compare_digest(*pair) for pair in itertools.product(candidates, expected)):
-        raise _refused(401, "webhook-signature does not fit the body and the secret.")
+        raise _unauthorized("webhook-signature does not fit the body and the secret.")
 
 
 def main() -> None:
@@ -130,9 +130,8 @@ def _signature(secret: str, webhook_id: str, seconds: str, body: bytes) -> str:
     return "v1," + base64.b64encode(digest).decode()
 
 
-def _refused(status_code: int, detail: str) -> errors.Refusal:
-    title = "Unauthorized" if status_code == 401 else "Invalid request"
-    return errors.Refusal(status_code, title, detail)
+def _unauthorized(detail: str) -> errors.Refusal:
+    return errors.Refusal(401, "Unauthorized", detail)
 
 
 if __name__ == "__main__":
