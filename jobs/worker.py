@@ -552,42 +552,42 @@ def _add_job_ids() -> None:
     logging.Logger.makeRecord = make_record  # type: ignore[method-assign]
 
 
-def _log_plainly(level: str) -> None:
-    """Log as the service does, unless the user's module has set up logging."""
+def _prepare(name: str, log_level: str) -> Callable[[Any, Job], Any]:
+    """Set up the process that is there for an analysis, and load it.
+
+    Modules are looked for here and then beside ours, after all other places. Logs are as those of
+    the service, unless the user's module has set up logging.
+    """
+    del sys.argv[1:]
+    for directory in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if str(directory) not in sys.path:
+            sys.path.append(str(directory))
+    _add_job_ids()
+    analyze = load(name)
     form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s %(message)s job_id=%(job_id)s"
     formatter = logging.Formatter(form, "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-
-
-def _find_modules() -> None:
-    """Have modules looked for here and then beside ours, after all other places."""
-    for directory in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if str(directory) not in sys.path:
-            sys.path.append(str(directory))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
+    return analyze
 
 
 def _main(descriptor: str, log_level: str, name: str) -> None:
-    del sys.argv[1:]
     control = socket.socket(fileno=int(descriptor))
     control.set_inheritable(False)
     os.register_at_fork(after_in_child=control.close)  # or a child would hide the end of this one
     _end_with_service(os.dup(0))
     os.nice(NICE)
     _leave_nothing_inherited()
-    _find_modules()
-    _add_job_ids()
     pid = os.getpid()
     try:
-        analyze = load(name)
+        analyze = _prepare(name, log_level)
         if os.getpid() != pid:  # a fork of the module came back
             os._exit(70)
     except LoadError as exc:
         control.sendall(" ".join(str(exc).split()).encode(errors="replace") + b"\n")
         sys.exit(78)
-    _log_plainly(log_level)
     try:
         with suppress(OSError):  # the service has ended meanwhile
             control.sendall(READY)
@@ -601,16 +601,11 @@ def _main(descriptor: str, log_level: str, name: str) -> None:
 
 def _analyze(path: str) -> None:
     """Run the configured analysis once on the payload in a file, and print the result."""
-    del sys.argv[1:]
-    name = os.environ.get("ANALYSIS") or "processing:analyze"
-    _find_modules()
-    payload = _payload(path)
-    _add_job_ids()
+    name, payload = os.environ.get("ANALYSIS") or "processing:analyze", _payload(path)
     facts = {"id": "analyze", "start": 1, "metadata": payload.get("metadata"), "kept": None}
     try:
         with redirect_stdout(sys.stderr):  # the result alone is printed to the standard output
-            analyze = load(name)
-            _log_plainly("info")
+            analyze = _prepare(name, "info")
             value = call(analyze, payload["data"], Job(_draw, **facts))
     except LoadError as exc:
         sys.exit(f"ANALYSIS={name!r}: {exc}")
