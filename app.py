@@ -5,6 +5,7 @@
 `python app.py` starts the service. `--help` lists the settings, `--check` validates them.
 """
 
+import _thread
 import argparse
 import contextlib
 import dataclasses
@@ -359,7 +360,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=_start, args=(service, settings), name="start", daemon=True).start()
     signal.sigwait(signals)
-    threading.Thread(target=_stop, args=(service,), name="stop", daemon=True).start()
+    _thread.start_new_thread(_stop, (service,))  # it does not wait until the thread runs
     # A second signal ends the process at once. The next start resumes what is in the journal.
     os._exit(128 + signal.sigwait(signals))
 

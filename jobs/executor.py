@@ -10,6 +10,7 @@ elsewhere (timed out, canceled). Another one is loaded in its place, and it is k
 other job needs it.
 """
 
+import _thread
 import functools
 import json
 import logging
@@ -462,7 +463,8 @@ class WorkerExecutor(Executor):
             return None
         one = _Worker(slots, is_stale=not slots)
         try:
-            threading.Thread(target=self._live, args=(one,), name="worker", daemon=True).start()
+            # A threading.Thread could hold up the loop for ever: it waits until the thread runs.
+            _thread.start_new_thread(self._live, (one,))
         except (RuntimeError, MemoryError) as exc:
             self._refusal = f"No worker can be started: {exc}."
             return None

@@ -1,5 +1,6 @@
 """What happens at the wrong moment, or fails once: no job is lost, and no place stays taken."""
 
+import _thread
 import logging
 import os
 import signal
@@ -99,14 +100,14 @@ def start_executor():
 @pytest.fixture
 def no_threads(monkeypatch):
     """Let no thread start while the returned event is set."""
-    refused, start = threading.Event(), threading.Thread.start
+    refused, start = threading.Event(), _thread.start_new_thread
 
-    def limited(thread):
+    def limited(*args):
         if refused.is_set():
             raise RuntimeError("can't start new thread")
-        start(thread)
+        return start(*args)
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(_thread, "start_new_thread", limited)
     return refused
 
 
