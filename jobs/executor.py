@@ -453,13 +453,12 @@ class WorkerExecutor(Executor):
         for one in self._workers:
             if one.is_stale and not one.is_needed and (has_another or one.slots <= 1):
                 one.kill()
-        if time.monotonic() >= self._retry_at:
-            for _ in range(self._count - sum(not one.is_stale for one in self._workers)):
-                self._start_worker(self._slots)
+        for _ in range(self._count - sum(not one.is_stale for one in self._workers)):
+            self._start_worker(self._slots)
 
     def _start_worker(self, slots: int) -> _Worker | None:
-        """Start a worker, and return it; None while there are too many threads, or in a drain."""
-        if self._draining.is_set():
+        """Start a worker, and return it; None when that is to wait, or in a drain."""
+        if self._draining.is_set() or time.monotonic() < self._retry_at:
             return None
         one = _Worker(slots, is_stale=not slots)
         try:
