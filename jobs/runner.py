@@ -307,10 +307,8 @@ class Runner:
         self._writer.write(retry=is_tick)
         if is_tick:
             self._tick()
-        if not self._is_draining:
-            self._begin_new(now)
-
-    def _begin_new(self, now: float) -> None:
+        if self._is_draining:
+            return
         if self._waiting:
             self._start_accepted()
         if now >= max(self._attempts_at, self._rests_until):
