@@ -416,7 +416,8 @@ class Journal(Storage):
     def census(self) -> list[tuple[State, int, datetime | None]]:
         """Return, for each state but `delivered`, the number of jobs, and when the oldest came."""
         rows = self._read("SELECT state, jobs, created_at FROM census")
-        return [(State(row["state"]), row["jobs"], _instant(row["created_at"])) for row in rows]
+        read = datetime.fromisoformat
+        return [(State(state), count, at and read(at)) for state, count, at in rows]
 
     # The built-in receiver
 
@@ -475,7 +476,3 @@ def _one(rows: list[sqlite3.Row], job_id: str) -> sqlite3.Row:
         text = f"No job has the id {job_id[:64]!r}. Ended jobs are removed after RETENTION."
         raise Refusal(404, "No such job", text)
     return rows[0]
-
-
-def _instant(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
