@@ -62,11 +62,13 @@ class _Transaction:
     Attributes:
         durable: Whether its commit must survive a power cut.
         began: By time.perf_counter().
+        changes: How many rows its connection had changed before.
         failure: Why it can no longer be committed.
     """
 
     durable: bool
     began: float
+    changes: int
     failure: JournalError | None = None
 
 
@@ -166,11 +168,10 @@ class Storage:
         with self._lock:
             if self._transaction:
                 raise AssertionError("There is an open transaction.")
-            changes = self._count_changes()
             try:
                 transaction = self._begin(durable=durable)
                 yield
-                self._commit(transaction, changes)
+                self._commit(transaction)
             finally:
                 self._transaction = None
                 if self._connection and self._connection.in_transaction:
@@ -224,24 +225,22 @@ class Storage:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
-        self._transaction = _Transaction(durable, time.perf_counter())
+        self._transaction = _Transaction(durable, time.perf_counter(), connection.total_changes)
         return self._transaction
 
-    def _count_changes(self) -> int:
-        return self._connection.total_changes if self._connection else 0
-
-    def _commit(self, transaction: _Transaction, changes: int) -> None:
+    def _commit(self, transaction: _Transaction) -> None:
         if transaction.failure:
             raise transaction.failure
+        connection = self._usable()
         try:
-            self._usable().execute("COMMIT")
+            connection.execute("COMMIT")
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
         with contextlib.suppress(Exception):  # it is committed, whatever happens now
             if transaction.durable:
                 self._on_commit(time.perf_counter() - transaction.began)
             # A commit without changes does not touch the disk.
-            if self._failure and self._count_changes() != changes:
+            if self._failure and connection.total_changes != transaction.changes:
                 self._failure = None
                 log.warning("journal recovered")
 
