@@ -107,7 +107,6 @@ class Runner:
         metrics: Metrics,
         job_url: Callable[[str], str],
         wake: Callable[[], None],
-        clock: Callable[[], datetime] = model.utc_now,
     ) -> None:
         self._config = config
         self._journal = journal
@@ -115,7 +114,6 @@ class Runner:
         self._sender = sender
         self._metrics = metrics
         self._job_url = job_url
-        self._clock = clock
         self._writer = Writer(journal)
         self._wake = wake  # has the loop call `work`
         self._runs: dict[str, Run] = {}  # a job while a worker, an attempt or the writer has it
@@ -134,7 +132,7 @@ class Runner:
 
     def start(self) -> None:
         """Make what is unfinished ready to go on. Call it once, before the loop calls `work`."""
-        now = self._clock()
+        now = model.utc_now()
         crashed = self._journal.resume(now=now)
         self._journal.advance(latest=self._latest(now))
         self._waiting = self._journal.release_due_starts(now=now)
@@ -199,7 +197,7 @@ class Runner:
             MoveError: It has not ended.
             Refusal: There is no such job (404).
         """
-        self._journal.resend(job_id, now=self._clock())
+        self._journal.resend(job_id, now=model.utc_now())
         self._look_for_attempts(0.0)
 
     def resend_undelivered(self, since: datetime) -> int:
@@ -207,7 +205,7 @@ class Runner:
 
         The loop must not call it, because it waits between two batches.
         """
-        now, resent = self._clock(), 0
+        now, resent = model.utc_now(), 0
         if not self._resending.acquire(blocking=False):  # or they could take every thread
             raise _unavailable("Busy", "Another resend is under way: send it again later.")
         try:
@@ -326,7 +324,7 @@ class Runner:
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
         # It is counted anew, because it is wrong after a commit that failed.
-        self._waiting = self._journal.release_due_starts(now=self._clock())
+        self._waiting = self._journal.release_due_starts(now=model.utc_now())
 
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over, and make lost attempts again."""
@@ -352,7 +350,7 @@ class Runner:
         max_shared = MAX_ALONE - sum(job.alone == model.Alone.SHARED for job in jobs)
         max_interrupted = 1 - any(job.alone == model.Alone.INTERRUPTED for job in jobs)
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
-        claim = functools.partial(self._journal.claim, now=self._clock(), **limits)
+        claim = functools.partial(self._journal.claim, now=model.utc_now(), **limits)
         claimed = self._take(claim, is_posting=False)
         self._waiting = max(0, self._waiting - len(claimed))
         for run, body, kept in claimed:
@@ -370,7 +368,7 @@ class Runner:
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
         self._attempts_at, self._is_crowded = math.inf, False
-        now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
+        now, next_seconds, began = model.utc_now(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
         for receiver, due_at in sorted(receivers, key=lambda one: one[0] not in self._proven):
@@ -403,7 +401,7 @@ class Runner:
         return room
 
     def _prune(self) -> None:
-        now = self._clock()
+        now = model.utc_now()
         keep = timedelta(seconds=self._config.retention_seconds)
         schedule = timedelta(seconds=sum(self._config.postback_schedule_seconds))
         removed = self._journal.prune(
@@ -443,7 +441,7 @@ class Runner:
             self._give_up(run, exc)
 
     def _note_start(self, run: Run) -> None:
-        run.started_at = now = self._clock()
+        run.started_at = now = model.utc_now()
         if timeout := self._config.job_timeout_seconds:
             self._limit(run, timeout)
         if run.job.alone:  # before the payload goes, because the job may end the service
@@ -455,7 +453,7 @@ class Runner:
         self._times_out_at = min(self._times_out_at, run.times_out_at)
 
     def _note_progress(self, run: Run, fraction: float, note: str) -> None:
-        run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
+        run.progress = {"fraction": fraction, "note": note, "at": model.utc_now()}
 
     def _keep(self, run: Run, value: str, answer: Callable[[str], None]) -> None:
         def then(problem: Exception | None) -> None:
@@ -505,7 +503,7 @@ class Runner:
 
         if run.started_at is None:
             again = replace(again, has_started=False)
-        write = functools.partial(self._journal.run_again, run.job.id, again, now=self._clock())
+        write = functools.partial(self._journal.run_again, run.job.id, again, now=model.utc_now())
         self._writer.hand_over(write, then)
 
     def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:
@@ -554,7 +552,7 @@ class Runner:
         """Begin an attempt. If it cannot begin, or has no result in time, it is made again."""
 
         def then(attempt: model.Attempt) -> None:
-            write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
+            write = functools.partial(self._journal.record, run.job, attempt, now=model.utc_now())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
             run.times_out_at, run.event = math.inf, b""
 
@@ -588,7 +586,7 @@ class Runner:
         if attempt.seconds_until_next is not None:
             self._look_for_attempts(attempt.seconds_until_next)
             return
-        seconds = round((self._clock() - job.created_at).total_seconds(), 3)
+        seconds = round((model.utc_now() - job.created_at).total_seconds(), 3)
         facts = {"outcome": job.outcome, "starts": job.starts, "attempts": attempt.number}
         level = logging.INFO if attempt.delivered else logging.WARNING
         log.log(level, "job %s", state, extra={**job.facts, **facts, "seconds": seconds})
@@ -599,7 +597,7 @@ class Runner:
         """Return an ending with its times."""
         run = self._runs.get(job.id)
         started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
-        return replace(given, started_at=started_at, finished_at=self._clock())
+        return replace(given, started_at=started_at, finished_at=model.utc_now())
 
     def _end(self, job: model.Job, ending: model.Ending, *, due_at: datetime | None) -> bytes:
         """Store an ending and its event, in the open transaction, and return what is posted."""
