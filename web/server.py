@@ -232,7 +232,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def stop(self) -> None:
         """Answer what was asked, and close every connection."""
         if self._thread.is_alive():
-            self.trigger.pull_trigger(self._begin_stop)
+            self._stop_at, self.accepting = time.monotonic() + STOP_SECONDS, False
+            self.trigger.pull_trigger()
             self._thread.join(STOP_SECONDS + TICK_SECONDS)
             self.task_dispatcher.shutdown(timeout=TICK_SECONDS)
         if not (self._thread.is_alive() or self.task_dispatcher.threads):  # they write to some
@@ -247,9 +248,6 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             self.trigger.pull_trigger()
 
     pull_trigger = wake  # waitress calls it after each answer
-
-    def _begin_stop(self) -> None:
-        self.accepting, self._stop_at = False, time.monotonic() + STOP_SECONDS
 
     def _run(self) -> None:
         while self._stop_at == math.inf or self._is_answering():
