@@ -56,20 +56,15 @@ class Metrics:
         gauge: Any = functools.partial(prometheus_client.Gauge, **options)
         seconds: Any = functools.partial(prometheus_client.Histogram, unit="seconds", **options)
 
-        def by_label(metric: Any) -> Callable[..., Any]:  # looking a child up takes longer
-            return functools.cache(metric.labels)
-
         self._accepted = counter("jobs_accepted", "Jobs committed and answered")
-        self._refused = by_label(counter("jobs_refused", "Requests that left no trace", ["reason"]))
-        self._finished = by_label(counter("jobs_finished", "Analyses that ended", ["outcome"]))
+        self._refused = counter("jobs_refused", "Requests that left no trace", ["reason"])
+        self._finished = counter("jobs_finished", "Analyses that ended", ["outcome"])
         #: Counts an analysis that raised an exception and is run again.
         self.retried = counter("analyses_retried", "Failed analyses that are run again").inc
-        self._ended = by_label(counter("jobs_ended", "Jobs delivered or undelivered", ["state"]))
-        self._attempts = by_label(counter("attempts", "Attempts at postbacks", ["result"]))
+        self._ended = counter("jobs_ended", "Jobs delivered or undelivered", ["state"])
+        self._attempts = counter("attempts", "Attempts at postbacks", ["result"])
         names = ("method", "route", "status_code")
-        self._answer = by_label(
-            seconds("answer", "From a request to its answer", names, buckets=SHORT)
-        )
+        self._answer = seconds("answer", "From a request to its answer", names, buckets=SHORT)
         #: Counts the seconds of one durable commit.
         self.committed = seconds("commit", "One durable commit", buckets=SHORT).observe
         self._attempt = seconds("attempt", "One attempt at a postback", buckets=LONG)
@@ -80,22 +75,22 @@ class Metrics:
         self._ages = gauge("oldest_job_age_seconds", "Age of the oldest job", ["state"])
         self._size = gauge("journal_bytes", "Size of the journal")
         for outcome in Outcome:
-            self._finished(outcome)
+            self._finished.labels(outcome)
         for state in (State.DELIVERED, State.UNDELIVERED):
-            self._ended(state)
+            self._ended.labels(state)
 
     def answered(self, answer: Answer) -> None:
         """Count one answer of the service."""
         # Without a route the method is whatever a caller made up, so it gets no label of its own.
         method = answer.method if answer.route != "none" else "any"
-        self._answer(method, answer.route, answer.status_code).observe(answer.seconds)
+        self._answer.labels(method, answer.route, answer.status_code).observe(answer.seconds)
         is_process = (method, answer.route) == ("POST", "/process")
         if is_process:
             seconds = float(f"{answer.seconds:.1e}")
             with self._lock:
                 self._minute(self._clock()).answers[seconds] += 1
         if answer.reason and (is_process or answer.route == "none"):  # by the server itself
-            self._refused(answer.reason.lower().replace(" ", "_")).inc()
+            self._refused.labels(answer.reason.lower().replace(" ", "_")).inc()
 
     def accepted(self, job: model.Job) -> None:
         """Count a job that was committed."""
@@ -104,7 +99,7 @@ class Metrics:
 
     def ended_analysis(self, job: model.Job, ending: model.Ending) -> None:
         """Count an analysis that ended. One that was canceled before has no start."""
-        self._finished(ending.outcome).inc()
+        self._finished.labels(ending.outcome).inc()
         if ending.started_at and ending.finished_at:
             self._waiting.observe(_seconds(job.created_at, ending.started_at))
             self._running.observe(_seconds(ending.started_at, ending.finished_at))
@@ -113,12 +108,12 @@ class Metrics:
         """Count an attempt, and the end of the job if it was the last one."""
         status_code = attempt.status_code
         result = f"{status_code // 100}xx" if status_code else "no_answer"
-        self._attempts("delivered" if attempt.delivered else result).inc()
+        self._attempts.labels("delivered" if attempt.delivered else result).inc()
         self._attempt.observe(attempt.duration_seconds)
         if state is State.DELIVERING:
             return
         now = self._clock()
-        self._ended(state).inc()
+        self._ended.labels(state).inc()
         self._count(now, state)
         if state is State.DELIVERED and not job.resent_after:
             self._delivery.observe(_seconds(job.created_at, now))
