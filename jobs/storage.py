@@ -100,7 +100,6 @@ class Storage:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._transaction: _Transaction | None = None
-        self._is_full: bool | None = None  # what `synchronous` is set to
         self._lock_file: IO[str] | None = None
         self._inodes: list[tuple[int, int]] = []  # of the open files
         self._failure: JournalError | None = None
@@ -219,9 +218,8 @@ class Storage:
         if durable:
             self._refuse_replaced()
         try:
-            if durable is not self._is_full:  # inside of a transaction it is refused
-                connection.execute(f"PRAGMA synchronous = {2 if durable else 1}")
-                self._is_full = durable
+            # Before it begins, because inside of a transaction it is refused.
+            connection.execute(f"PRAGMA synchronous = {2 if durable else 1}")
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as exc:
             raise self._failed(exc) from exc
