@@ -56,9 +56,6 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.raiseExceptions = False  # a stream that fails must not fail the service
     logging.captureWarnings(capture=True)
-    # Not formatted, so not looked up: https://docs.python.org/3/howto/logging.html#optimization
-    logging._srcfile = None  # noqa: SLF001 - as that page advises
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # It has a warning for each request that waits for a thread.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
 
