@@ -97,10 +97,10 @@ class Api:
         app.serve("POST", "/jobs/<job_id>/cancel", self.cancel)
         app.serve("POST", "/jobs/<job_id>/resend", self.resend)
         app.serve("POST", "/postprocessed", self._receiver.receive, open_to_all=True)
-        app.serve("GET", "/postprocessed", self.received)
+        app.serve("GET", "/postprocessed", lambda: self._receiver.listing(limit=_limit()))
         app.serve("GET", "/livez", self.livez, open_to_all=True)
         app.serve("GET", "/readyz", self.readyz, open_to_all=True)
-        app.serve("GET", "/stats", self.stats)
+        app.serve("GET", "/stats", lambda: {"minutes": self._metrics.hour()})  # for the page
         app.serve("GET", "/metrics", self.metrics)
         app.serve("GET", "/openapi.json", self.openapi)
         app.serve_page()
@@ -235,10 +235,6 @@ class Api:
             raise invalid('state must be "undelivered".')
         return {"resent": self._runner.resend_undelivered(_since(wanted.get("since")))}
 
-    def received(self) -> dict[str, Any]:
-        """Answer GET /postprocessed."""
-        return self._receiver.listing(limit=_limit())
-
     def livez(self) -> dict[str, str]:
         """Answer GET /livez: the process answers."""
         return {"status": "alive", "version": postback.VERSION}
@@ -247,10 +243,6 @@ class Api:
         """Answer GET /readyz: a job would be accepted now, and its analysis could run."""
         self._runner.refuse_unready()
         return {"status": "ready"}
-
-    def stats(self) -> dict[str, Any]:
-        """Answer GET /stats: the last hour, minute by minute, for the page."""
-        return {"minutes": self._metrics.hour()}
 
     def metrics(self) -> bytes:
         """Answer GET /metrics, in Prometheus' text format."""
