@@ -19,6 +19,11 @@ from jobs.storage import Storage
 #: `GET /jobs/<id>` shows an event up to this size, and a page of received postbacks ends there.
 MAX_SHOWN_BYTES = 1024 * 1024
 
+#: Makes the events of ended jobs due again; which ones is to be added.
+_RESEND = """
+    UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
+                    resent_after = attempts """
+
 #: The largest `seq` that SQLite can store.
 MAX_SEQ = 2**63 - 1
 
@@ -231,25 +236,20 @@ class Journal(Storage):
             MoveError: It is not `delivered` or `undelivered`.
             Refusal: There is no such job (404).
         """
-        statement = """
-            UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
-                            resent_after = attempts
-             WHERE id = :id AND state IN ('delivered', 'undelivered')"""
-        self._move(job_id, statement, wanted="resent", now=now)
+        chosen = "WHERE id = :id AND state IN ('delivered', 'undelivered')"
+        self._move(job_id, _RESEND + chosen, wanted="resent", now=now)
 
     def resend_undelivered(self, *, since: datetime, now: datetime, limit: int) -> int:
         """Make events of undelivered jobs that ended from `since` on due again; return how many.
 
         Jobs that ended after `now` are left, so that repeated calls come to an end.
         """
-        statement = """
-            UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
-                            resent_after = attempts
+        chosen = """
              WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_undelivered
                             WHERE state = 'undelivered' AND ended_at BETWEEN :since AND :now
                             LIMIT :limit)"""
         with self.transaction():
-            return self._write(statement, since=since, now=now, limit=limit)
+            return self._write(_RESEND + chosen, since=since, now=now, limit=limit)
 
     # Start, stop and prune
 
