@@ -450,8 +450,10 @@ class WorkerExecutor(Executor):
         A stale one may end if no job needs it, and new ones have another.
         """
         has_another = any(not one.is_stale for one in self._serving())
-        for one in self._workers:
-            if one.is_stale and not one.is_needed and (has_another or one.slots <= 1):
+        for one in [*self._workers]:
+            if not one.pid and one.started_at < time.monotonic() - LOADING_SECONDS:
+                self._bury(one, "No worker can be started: there was no memory for its thread.")
+            elif one.is_stale and not one.is_needed and (has_another or one.slots <= 1):
                 one.kill()
         for _ in range(self._count - sum(not one.is_stale for one in self._workers)):
             self._start_worker(self._slots)
