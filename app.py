@@ -282,7 +282,7 @@ class Service:
         self._executor.start()
         self.server = Server(host=config.host, port=config.port, max_body_bytes=self.max_body_bytes)
         self._executor.on_news = self.server.wake
-        own_url = _own_url(config.host, self.server.port)
+        own_url = self.server.url
         self.base_url = config.public_url or own_url
         self.postback_url = config.postback_url or f"{own_url}/postprocessed"
         own = [f"{url}/postprocessed" for url in (self.base_url, own_url)]
@@ -443,12 +443,6 @@ def _limit() -> int:
     if not (re.fullmatch("[0-9]{1,4}", text) and 1 <= int(text) <= MAX_PAGE):
         raise invalid(f"limit must be a whole number from 1 to {MAX_PAGE}.")
     return int(text)
-
-
-def _own_url(host: str, port: int) -> str:
-    """Return the URL under which this machine reaches the service."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is replaced
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _greet(service: Service, settings: Config) -> None:

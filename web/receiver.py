@@ -109,8 +109,7 @@ def main() -> None:
     application = _application(options.host, journal, settings)
     prune = _pruning(journal, settings)
     server.start(application, lambda: journal.transaction(durable=True), prune)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    url = f"http://{host}:{server.port}/postprocessed"
+    url = f"{server.url}/postprocessed"
     logs.say(f"Receiver listens on {url}\nStart the service with POSTBACK_URL={url}")
     signal.sigwait(SIGNALS)
     server.stop()

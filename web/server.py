@@ -177,6 +177,9 @@ class Application(bottle.Bottle):  # type: ignore[misc]
 class Server(TcpWSGIServer):  # type: ignore[misc]
     """waitress with one loop, in a thread of its own. It listens from the first moment.
 
+    Attributes:
+        url: Where this machine reaches it.
+
     Raises:
         ConfigError: The address cannot be listened on.
     """
@@ -196,6 +199,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             ident=None,
         )
         self.port: int = self.socket.getsockname()[1]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it is replaced
+        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         self.short: deque[_Task] = deque()  # threads append what they checked
         self.silent = _Silent(self.active_channels, self._map) if hasattr(select, "epoll") else None
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
