@@ -515,7 +515,7 @@ class WorkerExecutor(Executor):
             return model.Again()
         if not run.has_begun:
             return NOT_BEGUN
-        if not run.job.alone and (several or _is_polite(run.worker.code)):
+        if not run.job.alone and (several or -(run.worker.code or 0) in POLITE):
             return model.Again(is_alone=True)
         text = f"The analysis ended its process: {_how(run.worker.code)}."
         return model.without_result(model.Outcome.CRASHED, text)
@@ -527,7 +527,8 @@ class WorkerExecutor(Executor):
             problem = self._serve(one)
         except (OSError, MemoryError) as exc:
             problem = f"No worker can be started: {exc}."
-        if one.runs and _is_polite(one.code):  # whoever ended it may be about to stop the service
+        # Whoever ended it may be about to stop the service.
+        if one.runs and -(one.code or 0) in POLITE:
             self._draining.wait(STOP_SECONDS)
         self._tell(self._bury, one, problem)
 
@@ -564,11 +565,6 @@ class WorkerExecutor(Executor):
             or f"loading it ended its process: {_how(one.code)}"
         )
         return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
-
-
-def _is_polite(code: int | None) -> bool:
-    """Return whether something has asked a process to end."""
-    return -(code or 0) in POLITE
 
 
 def _how(code: int | None) -> str:
