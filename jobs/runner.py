@@ -155,10 +155,8 @@ class Runner:
             Refusal: The key came with another body (422); the queue is full, the service stops, or
                 the journal fails (503). Nothing was accepted.
         """
-        if idempotency_key:
-            first = self._journal.accepted_before(idempotency_key, body)
-            if first:
-                return first
+        if idempotency_key and (first := self._journal.accepted_before(idempotency_key, body)):
+            return first
         self._refuse()
         self._journal.accept(job, body, idempotency_key=idempotency_key)
         self._waiting += 1
