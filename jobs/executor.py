@@ -284,9 +284,9 @@ class WorkerExecutor(Executor):
             if events & selectors.EVENT_READ:
                 self._hear(key.data)
         silent_since = time.monotonic() - SILENCE_SECONDS
-        for job_id in self._runs.keys() & self.held:
-            if self._runs[job_id].heard_at < silent_since:
-                self._runs[job_id].worker.kill()  # the rest follows at its end
+        for run in self._runs.values():
+            if run.received and run.heard_at < silent_since and run not in self._waiting:
+                run.worker.kill()  # the rest follows at its end
         while self._waiting and len(self.held) < MAX_LARGE:
             run = self._waiting[0]
             if run.connection:
@@ -371,9 +371,10 @@ class WorkerExecutor(Executor):
             del data[: len(worker.START)]
         while run.connection and len(data) >= size:
             kind, length = worker.FRAME.unpack_from(data)
+            if kind != worker.PROGRESS:
+                run.listener.returned()  # even if the service was held up, and the rest comes later
             if kind == worker.RESULT and length > LARGE_BYTES and run.job.id not in self.held:
                 if run not in self._waiting:
-                    run.listener.returned()
                     self._waiting.append(run)
                     self.selector.unregister(run.connection)  # until there is room for it
                 return
