@@ -165,6 +165,8 @@ class Storage:
             JournalError: Nothing was committed.
         """
         with self._lock:
+            if self._transaction:
+                raise AssertionError("There is an open transaction.")
             try:
                 transaction = self._begin(durable=durable)
                 yield
