@@ -178,7 +178,7 @@ class Api:
 
     def _summary(self, job: model.Job) -> dict[str, Any]:
         shown = {name: getattr(job, name) for name in _SHOWN} | {"attempts_made": job.attempts}
-        run = self._runner.run_of(job.id) if job.state is State.RUNNING else None
+        run = self._runner.runs.get(job.id) if job.state is State.RUNNING else None
         shown["progress"] = run.progress if run else None
         if run:
             shown["started_at"] = run.started_at

@@ -170,23 +170,17 @@ class Sender:
             "webhook-attempt": str(job.attempts + 1),
             "webhook-attempt-max": str(max(job.attempts, scheduled) + 1),
         }
-        if self._config.postback_secret:
+        secrets = self._config.postback_secret
+        if not (target.origin == self._own_origin or target.url in self._own_urls):
+            secrets = tuple(signatures.secret_for(secret, target.origin) for secret in secrets)
+        if secrets:
             headers["webhook-signature"] = signatures.sign(
-                self._secrets_for(target),
-                webhook_id=job.id,
-                timestamp=at,
-                body=event,
+                secrets, webhook_id=job.id, timestamp=at, body=event
             )
         request = requests.PreparedRequest()
         request.method, request.url, request.body = "POST", target.url, event
         request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster
         return request
-
-    def _secrets_for(self, target: outbound.Parts) -> Sequence[str]:
-        secrets = self._config.postback_secret
-        if target.origin == self._own_origin or target.url in self._own_urls:
-            return secrets
-        return [signatures.secret_for(secret, target.origin) for secret in secrets]
 
 
 def _fault(status_code: int) -> str | None:

@@ -95,6 +95,9 @@ class Runner:
 
     Once it works, only the loop changes what is kept here, so there is no lock. Other threads may
     look at it. What they want changed they hand over. Only a drain is noted at once.
+
+    Attributes:
+        runs: What is under way, by the id of its job.
     """
 
     def __init__(
@@ -114,9 +117,10 @@ class Runner:
         self._sender = sender
         self._metrics = metrics
         self._job_url = job_url
+        self._clock = model.utc_now
         self._writer = Writer(journal)
         self._wake = wake  # has the loop call `work`
-        self._runs: dict[str, Run] = {}  # a job while a worker, an attempt or the writer has it
+        self.runs: dict[str, Run] = {}  # while a worker, an attempt or the writer has the job
         self._waiting = 0  # accepted jobs that may start
         self._proven = {""}  # receivers whose last attempt succeeded, and the configured one
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
@@ -132,13 +136,13 @@ class Runner:
 
     def start(self) -> None:
         """Make what is unfinished ready to go on. Call it once, before the loop calls `work`."""
-        now = model.utc_now()
+        now = self._clock()
         crashed = self._journal.resume(now=now)
         self._journal.advance(latest=self._latest(now))
         self._waiting = self._journal.release_due_starts(now=now)
         for job in crashed:
             text = f"The service ended {job.interrupted} times while the analysis ran."
-            run = self._runs[job.id] = Run(job=job, started_at=job.started_at)
+            run = self.runs[job.id] = Run(job=job, started_at=job.started_at)
             self._store(run, model.without_result(Outcome.CRASHED, text))
         if crashed or self._waiting:
             log.info("jobs resumed", extra={"waiting": self._waiting, "crashed": len(crashed)})
@@ -180,7 +184,7 @@ class Runner:
 
         def follow_up() -> None:
             self._executor.stop(job_id)
-            self._runs.pop(job_id, None)
+            self.runs.pop(job_id, None)
             self._tick_at = 0.0  # count those that wait: it may have been one of them
             self._ended(job, ending, is_due=True)
 
@@ -195,7 +199,7 @@ class Runner:
             MoveError: It has not ended.
             Refusal: There is no such job (404).
         """
-        self._journal.resend(job_id, now=model.utc_now())
+        self._journal.resend(job_id, now=self._clock())
         self._look_for_attempts(0.0)
 
     def resend_undelivered(self, since: datetime) -> int:
@@ -203,7 +207,7 @@ class Runner:
 
         The loop must not call it, because it waits between two batches.
         """
-        now, resent = model.utc_now(), 0
+        now, resent = self._clock(), 0
         if not self._resending.acquire(blocking=False):  # or they could take every thread
             raise _unavailable("Busy", "Another resend is under way: send it again later.")
         try:
@@ -217,10 +221,6 @@ class Runner:
         finally:
             self._resending.release()
         return resent
-
-    def run_of(self, job_id: str) -> Run | None:
-        """Return what is under way for this job, if anything is."""
-        return self._runs.get(job_id)
 
     def refuse_unready(self) -> None:
         """Return when a job can be accepted now and can start.
@@ -262,7 +262,7 @@ class Runner:
                 raise _unavailable("Queue full", text)
 
     def _count(self, *, is_posting: bool, receiver: str | None = None) -> int:
-        runs = self._runs.copy().values()  # other threads call this, too
+        runs = self.runs.copy().values()  # other threads call this, too
         of_kind = [run.job.receiver for run in runs if run.is_posting is is_posting]
         return len(of_kind) if receiver is None else of_kind.count(receiver)
 
@@ -285,7 +285,7 @@ class Runner:
             if not isinstance(exc, JournalError):  # which was logged where it was seen
                 with contextlib.suppress(MemoryError):
                     log.exception("runner failed")
-        if self._is_draining and not self._runs:
+        if self._is_draining and not self.runs:
             self._drained.set()
         times = [self._tick_at, self._times_out_at, 0.0 if self._writer.waiting else math.inf]
         if not self._is_draining:
@@ -322,11 +322,11 @@ class Runner:
         if self._journal.failure:  # which looks at its files, too
             self._journal.probe()
         # It is counted anew, because it is wrong after a commit that failed.
-        self._waiting = self._journal.release_due_starts(now=model.utc_now())
+        self._waiting = self._journal.release_due_starts(now=self._clock())
 
     def _time_out(self, now: float) -> None:
         """End every analysis whose time is over, and make lost attempts again."""
-        for run in [run for run in self._runs.values() if run.times_out_at <= now]:
+        for run in [run for run in self.runs.values() if run.times_out_at <= now]:
             if run.is_posting:
                 self._attempt(run)
             else:
@@ -334,12 +334,12 @@ class Runner:
                 seconds = self._config.job_timeout_seconds
                 text = f"The analysis took longer than JOB_TIMEOUT, {seconds:g} s."
                 self._store(run, model.without_result(Outcome.TIMED_OUT, text))
-        times = [run.times_out_at for run in self._runs.values()]
+        times = [run.times_out_at for run in self.runs.values()]
         self._times_out_at = min(times, default=math.inf)
 
     def _start_accepted(self) -> None:
         """Claim the jobs that there is a place for, and have each analyzed."""
-        jobs = [run.job for run in self._runs.values() if not run.is_posting]
+        jobs = [run.job for run in self.runs.values() if not run.is_posting]
         # Endings that could not be written yet still hold their results in memory.
         taken = len(jobs) + len(self._writer.failed)
         limit = min(self._config.max_running - taken, self._executor.free(), MAX_STARTS)
@@ -348,7 +348,7 @@ class Runner:
         max_shared = MAX_ALONE - sum(job.alone == model.Alone.SHARED for job in jobs)
         max_interrupted = 1 - any(job.alone == model.Alone.INTERRUPTED for job in jobs)
         limits = {"limit": limit, "max_shared": max_shared, "max_interrupted": max_interrupted}
-        claim = functools.partial(self._journal.claim, now=model.utc_now(), **limits)
+        claim = functools.partial(self._journal.claim, now=self._clock(), **limits)
         claimed = self._take(claim, is_posting=False)
         self._waiting = max(0, self._waiting - len(claimed))
         for run, body, kept in claimed:
@@ -360,13 +360,13 @@ class Runner:
         """Claim jobs, and note that they are under way. Nothing is claimed when that fails."""
         with self._journal.transaction():
             taken = [(Run(job=job, is_posting=is_posting), *rest) for job, *rest in claim()]
-        self._runs |= {run.job.id: run for run, *_ in taken}
+        self.runs |= {run.job.id: run for run, *_ in taken}
         return taken
 
     def _start_attempts(self) -> None:
         """Start the attempts that are due, and find out when the next ones are."""
         self._attempts_at, self._is_crowded = math.inf, False
-        now, next_seconds, began = model.utc_now(), PRUNE_SECONDS, time.monotonic()
+        now, next_seconds, began = self._clock(), PRUNE_SECONDS, time.monotonic()
         receivers = self._journal.earliest_attempts()
         self._held = {one: at for one, at in self._held.items() if at > time.monotonic()}
         for receiver, due_at in sorted(receivers, key=lambda one: one[0] not in self._proven):
@@ -399,7 +399,7 @@ class Runner:
         return room
 
     def _prune(self) -> None:
-        now = model.utc_now()
+        now = self._clock()
         keep = timedelta(seconds=self._config.retention_seconds)
         schedule = timedelta(seconds=sum(self._config.postback_schedule_seconds))
         removed = self._journal.prune(
@@ -416,8 +416,8 @@ class Runner:
         return now + timedelta(seconds=longest)
 
     def _leave(self, run: Run) -> None:
-        if self._runs.get(run.job.id) is run:  # not when it was claimed anew meanwhile
-            del self._runs[run.job.id]
+        if self.runs.get(run.job.id) is run:  # not when it was claimed anew meanwhile
+            del self.runs[run.job.id]
         if self._is_crowded:
             self._attempts_at = 0.0
 
@@ -439,7 +439,7 @@ class Runner:
             self._give_up(run, exc)
 
     def _note_start(self, run: Run) -> None:
-        run.started_at = now = model.utc_now()
+        run.started_at = now = self._clock()
         if timeout := self._config.job_timeout_seconds:
             self._limit(run, timeout)
         if run.job.alone:  # before the payload goes, because the job may end the service
@@ -451,7 +451,7 @@ class Runner:
         self._times_out_at = min(self._times_out_at, run.times_out_at)
 
     def _note_progress(self, run: Run, fraction: float, note: str) -> None:
-        run.progress = {"fraction": fraction, "note": note, "at": model.utc_now()}
+        run.progress = {"fraction": fraction, "note": note, "at": self._clock()}
 
     def _keep(self, run: Run, value: str, answer: Callable[[str], None]) -> None:
         def then(problem: Exception | None) -> None:
@@ -501,7 +501,7 @@ class Runner:
 
         if run.started_at is None:
             again = replace(again, has_started=False)
-        write = functools.partial(self._journal.run_again, run.job.id, again, now=model.utc_now())
+        write = functools.partial(self._journal.run_again, run.job.id, again, now=self._clock())
         self._writer.hand_over(write, then)
 
     def _store(self, run: Run, given: model.Ending, *, may_fail: bool = True) -> None:
@@ -515,7 +515,6 @@ class Runner:
         run.times_out_at, ending = math.inf, self._dated(run.job, given)
 
         def write() -> bytes | None:
-            run.is_posting = False  # so that `_room` does not count it
             is_late = self.held_seconds(run.job.receiver) > 0 or not self._room(run.job.receiver)
             run.is_posting = True  # its place is free
             due_at = ending.finished_at if is_late else None
@@ -550,7 +549,7 @@ class Runner:
         """Begin an attempt. If it cannot begin, or has no result in time, it is made again."""
 
         def then(attempt: model.Attempt) -> None:
-            write = functools.partial(self._journal.record, run.job, attempt, now=model.utc_now())
+            write = functools.partial(self._journal.record, run.job, attempt, now=self._clock())
             self._writer.hand_over(write, functools.partial(self._attempted, run, attempt))
             run.times_out_at, run.event = math.inf, b""
 
@@ -584,7 +583,7 @@ class Runner:
         if attempt.seconds_until_next is not None:
             self._look_for_attempts(attempt.seconds_until_next)
             return
-        seconds = round((model.utc_now() - job.created_at).total_seconds(), 3)
+        seconds = round((self._clock() - job.created_at).total_seconds(), 3)
         facts = {"outcome": job.outcome, "starts": job.starts, "attempts": attempt.number}
         level = logging.INFO if attempt.delivered else logging.WARNING
         log.log(level, "job %s", state, extra={**job.facts, **facts, "seconds": seconds})
@@ -593,9 +592,9 @@ class Runner:
 
     def _dated(self, job: model.Job, given: model.Ending) -> model.Ending:
         """Return an ending with its times."""
-        run = self._runs.get(job.id)
+        run = self.runs.get(job.id)
         started_at = run.started_at if run else job.started_at  # of an earlier run, perhaps
-        return replace(given, started_at=started_at, finished_at=model.utc_now())
+        return replace(given, started_at=started_at, finished_at=self._clock())
 
     def _end(self, job: model.Job, ending: model.Ending, *, due_at: datetime | None) -> bytes:
         """Store an ending and its event, in the open transaction, and return what is posted."""

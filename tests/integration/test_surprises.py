@@ -413,7 +413,7 @@ def test_what_fails_after_a_write_keeps_no_place(start_twice, fail, place, name,
 
     assert [(job["state"], job["starts"]) for job in jobs] == [("delivered", 2), ("delivered", 1)]
     assert has_failed.wait(10)
-    poll(lambda: not service.service.runner._runs, "all places free")
+    poll(lambda: not service.service.runner.runs, "all places free")
 
 
 # No thread, no memory, no worker, no time
@@ -457,7 +457,7 @@ def test_a_write_that_finds_no_memory_is_tried_again(start_twice, receiver, fail
 
 def test_a_claim_that_finds_no_memory_to_commit_keeps_no_place(start_hasty, fail):
     service = start_hasty(MAX_RUNNING="1")
-    runs = service.service.runner._runs
+    runs = service.service.runner.runs
     has_failed = fail(Journal, "_commit", matters=lambda *_: runs)
 
     job = service.wait_for(service.send(1))
