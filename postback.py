@@ -171,7 +171,8 @@ class Sender:
             "webhook-attempt-max": str(max(job.attempts, scheduled) + 1),
         }
         secrets = self._config.postback_secret
-        if not (target.origin == self._own_origin or target.url in self._own_urls):
+        path = target.url.partition("?")[0]
+        if not (target.origin == self._own_origin or path in self._own_urls):
             secrets = tuple(signatures.secret_for(secret, target.origin) for secret in secrets)
         if secrets:
             headers["webhook-signature"] = signatures.sign(

@@ -29,7 +29,7 @@ class Refusal(Exception):  # noqa: N818 - a refusal is an answer
 
 
 def invalid(detail: str) -> Refusal:
-    """Return the refusal of a request that is not what it should be."""
+    """Return the refusal of an invalid request."""
     return Refusal(400, "Invalid request", detail)
 
 

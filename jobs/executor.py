@@ -37,7 +37,7 @@ LARGE_BYTES = 1024**2
 #: So many large results are read, or wait to be stored, at once. The others wait in their workers.
 MAX_LARGE = 2
 
-#: When nothing of a large result that is read comes for so long, its worker is killed.
+#: When nothing more of what a worker has begun to send comes for so long, it is killed.
 SILENCE_SECONDS = 60.0
 
 #: Bytes that are read from a worker at once, and of a large result.
@@ -214,7 +214,8 @@ class WorkerExecutor(Executor):
 
         Raises:
             ConfigError: It cannot load the analysis.
-            Refusal: There are too many processes, or too little memory, which may pass.
+            Refusal: There are too many processes, or too little memory, or the worker was killed,
+                which may pass.
         """
         seconds = 0.0
         while not (self._serving() or self._refusal):
@@ -453,14 +454,14 @@ class WorkerExecutor(Executor):
         has_another = any(not one.is_stale for one in self._serving())
         for one in [*self._workers]:
             if not one.pid and one.started_at < time.monotonic() - LOADING_SECONDS:
-                self._bury(one, "No worker can be started: there was no memory for its thread.")
+                self._bury(one, "No worker can be started: its thread did not begin.")
             elif one.is_stale and not one.is_needed and (has_another or one.slots <= 1):
                 one.kill()
         for _ in range(self._count - sum(not one.is_stale for one in self._workers)):
             self._start_worker(self._slots)
 
     def _start_worker(self, slots: int) -> _Worker | None:
-        """Start a worker, and return it; None when that is to wait, or in a drain."""
+        """Start a worker, and return it; None while none may be started."""
         if self._draining.is_set() or time.monotonic() < self._retry_at:
             return None
         one = _Worker(slots, is_stale=not slots)
@@ -531,7 +532,8 @@ class WorkerExecutor(Executor):
         # Whoever ended it may be about to stop the service.
         if one.runs and -(one.code or 0) in POLITE:
             self._draining.wait(STOP_SECONDS)
-        self._tell(self._bury, one, problem)
+        if one in self._workers:
+            self._tell(self._bury, one, problem)
 
     def _serve(self, one: _Worker) -> str | None:
         """Start a process, and wait for its end; say why it could not load the analysis."""
@@ -550,7 +552,7 @@ class WorkerExecutor(Executor):
             one.pid = process.pid
             self._tell(self._keep_up)  # it may be useless meanwhile
             line = lines.readline()
-            if line == worker.READY:
+            if line == worker.READY and one in self._workers:  # it was not given up meanwhile
                 self._tell(self._welcome, one, control)
             else:
                 control.close()
@@ -561,6 +563,8 @@ class WorkerExecutor(Executor):
                 one.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         if line == worker.READY:
             return None
+        if not line and -(one.code or 0) in {signal.SIGKILL, *POLITE}:  # mostly for memory
+            return f"No worker can be started: loading the analysis ended with {_how(one.code)}."
         problem = (
             line.decode(errors="replace").strip()
             or f"loading it ended its process: {_how(one.code)}"

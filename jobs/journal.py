@@ -19,7 +19,7 @@ from jobs.storage import Storage
 #: `GET /jobs/<id>` shows an event up to this size, and a page of received postbacks ends there.
 MAX_SHOWN_BYTES = 1024 * 1024
 
-#: Makes the events of ended jobs due again; which ones is to be added.
+#: The beginning of an UPDATE that makes events due again. The caller adds its WHERE.
 _RESEND = """
     UPDATE jobs SET state = 'delivering', next_attempt_at = :now, ended_at = NULL,
                     resent_after = attempts """

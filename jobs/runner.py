@@ -30,13 +30,13 @@ from jobs.writer import Writer
 from postback import Sender
 from web.metrics import Metrics
 
-#: Attempts at once: in all, to one receiver, and to one that is not proven: it had none, or the
-#: last one failed. They get half of all places, so that those that hang hold up no other.
-MAX_ATTEMPTS = 512
+#: Attempts at once: for all receivers that are proven, because the last one succeeded, and for all
+#: others, so that those that hang hold up no other; for one that is proven, and one that is not.
+MAX_ATTEMPTS = 256
 MAX_PER_RECEIVER = 128
 MAX_PER_UNPROVEN_RECEIVER = 4
 
-#: Receivers that are remembered as proven.
+#: Receivers that are remembered as proven, until all are forgotten.
 MAX_PROVEN = 10_000
 
 #: Jobs at once that run alone because they shared a worker that died.
@@ -122,7 +122,7 @@ class Runner:
         self._wake = wake  # has the loop call `work`
         self.runs: dict[str, Run] = {}  # while a worker, an attempt or the writer has the job
         self._waiting = 0  # accepted jobs that may start
-        self._proven = {""}  # receivers whose last attempt succeeded, and the configured one
+        self._proven = {""}  # receivers whose last attempt succeeded; at first the configured one
         self._held: dict[str, float] = {}  # receiver: no attempt before, by the monotonic clock
         self._is_draining = False
         self._is_crowded = False  # a due attempt waits until another one ends
@@ -256,22 +256,19 @@ class Runner:
         if self._waiting >= limit:
             if failure := self._journal.failure:  # what it did not take was counted, too
                 raise failure
-            free = max(0, self._config.max_running - self._count(is_posting=False))
+            # Other threads call this, too.
+            running = sum(not run.is_posting for run in self.runs.copy().values())
+            free = max(0, self._config.max_running - running)
             if self._waiting >= limit + free:
                 text = f"{limit} jobs are waiting, which is MAX_PENDING: send it again later."
                 raise _unavailable("Queue full", text)
-
-    def _count(self, *, is_posting: bool, receiver: str | None = None) -> int:
-        runs = self.runs.copy().values()  # other threads call this, too
-        of_kind = [run.job.receiver for run in runs if run.is_posting is is_posting]
-        return len(of_kind) if receiver is None else of_kind.count(receiver)
 
     # In the loop
 
     def work(self) -> float:
         """Do what there is to do; return after how many seconds to call it again at the latest.
 
-        Call it also after each turn, and when `wake` was called.
+        Call it also before each turn, and when `wake` was called.
         """
         now = time.monotonic()
         try:
@@ -392,9 +389,9 @@ class Runner:
         """Return how many more attempts may be made for this receiver now."""
         is_proven = receiver in self._proven
         limit = MAX_PER_RECEIVER if is_proven else MAX_PER_UNPROVEN_RECEIVER
-        limit -= self._count(is_posting=True, receiver=receiver)
-        most = MAX_ATTEMPTS if is_proven else MAX_ATTEMPTS // 2
-        room = max(0, min(limit, most - self._count(is_posting=True)))
+        taken = [run.job.receiver for run in self.runs.values() if run.is_posting]
+        taken = [one for one in taken if (one in self._proven) is is_proven]
+        room = max(0, min(limit - taken.count(receiver), MAX_ATTEMPTS - len(taken)))
         self._is_crowded |= not room
         return room
 
@@ -572,7 +569,7 @@ class Runner:
             until = time.monotonic() + attempt.hold_seconds
             self._held[job.receiver] = max(until, self._held.get(job.receiver, 0.0))
         if len(self._proven) > MAX_PROVEN:
-            self._proven = {""}
+            self._proven.clear()
         (self._proven.add if attempt.delivered else self._proven.discard)(job.receiver)
         self._metrics.attempted(job, attempt, state)
         if not attempt.delivered:

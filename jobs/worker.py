@@ -183,7 +183,7 @@ class Job:
             self._next_at = time.monotonic() + PROGRESS_SECONDS
             try:
                 self._report(fraction, note, kept)
-            except OSError:  # the service has hung up
+            except (OSError, ValueError):  # the service has hung up
                 if kept is not None:
                     raise RuntimeError("The job has ended, so nothing can be kept.") from None
             if kept is not None:

@@ -149,7 +149,7 @@ def meddle(data: str) -> str:
         with contextlib.suppress(OSError):
             os.write(1, b"progress\n")
     if data == "change directory":
-        pathlib.Path("run").stat()  # no other job has changed it
+        pathlib.Path("app.py").stat()  # no other job has changed it
         os.chdir("/")
     if data == "set a handler":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -104,9 +104,6 @@ _LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){1,3}|::1")
 
 log = logging.getLogger("postback")
 
-# waitress would measure silence by the wall clock, which may be set.
-waitress.channel.time = waitress.server.time = SimpleNamespace(time=time.monotonic)
-
 
 class Application(bottle.Bottle):  # type: ignore[misc]
     """A bottle application that refuses in JSON only.
@@ -185,6 +182,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     """
 
     def __init__(self, *, host: str, port: int, max_body_bytes: int) -> None:
+        # waitress would measure silence by the wall clock, which may be set.
+        waitress.channel.time = waitress.server.time = SimpleNamespace(time=time.monotonic)
         super().__init__(
             None,
             _sock=_listen(host, port),
@@ -268,7 +267,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def _is_answering(self) -> bool:
         channels = self.active_channels.values()
-        is_busy = any(channel.requests or channel.total_outbufs_len for channel in channels)
+        is_busy = any(one.requests or one.later or one.total_outbufs_len for one in channels)
         return is_busy and time.monotonic() < self._stop_at
 
     def _answer_short(self) -> None:
@@ -477,12 +476,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
 
     Attributes:
         lingers_until: When it is closed, by `time.monotonic()`, after its last answer was sent.
+        later: Was read, and is parsed when the requests before it are answered.
     """
 
     parser_class = _Parser
     lingers_until = math.inf
     close_when_flushed: bool
-    _later = b""  # was read, and is parsed when the requests before it are answered
+    later = b""
 
     def task_class(self, _: HTTPChannel, request: Any) -> Any:
         """Return the task that answers a request. waitress made the request for its own errors."""
@@ -509,10 +509,11 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
     def readable(self) -> bool:
         """Return whether the loop waits for bytes from this connection."""
         waits = bool(self.connected and super().readable())
-        if waits and self._later:
-            self.received(self._later)
+        if waits and (data := self.later):
+            self.later = b""
+            self.received(data)
             self.server.wake()  # the loop is about to wait
-            waits = super().readable()
+            waits = bool(self.connected and super().readable())
         if waits and self.server.silent:
             self.server.silent.add(self)
             waits = False
@@ -540,7 +541,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
                     size = request.content_length - request.body_bytes_received
                 piece, data = data[:size], data[size:]
                 super().received(piece if self.request else piece.lstrip(b"\r\n"))
-            self._later = data  # a thousand requests may have come at once
+            self.later = data  # a thousand requests may have come at once
             return
         self.lingers_until -= LINGER_SECONDS * len(data) / LINGER_BYTES
         if self.lingers_until < time.monotonic():
@@ -555,7 +556,7 @@ class _Watched(wasyncore.file_dispatcher):  # type: ignore[misc]
         return False
 
     def handle_read(self) -> None:
-        """Do nothing: it is read after the turn."""
+        """Do nothing: it is read by `work`."""
 
     def handle_close(self) -> None:
         """Do nothing: waitress calls it after an error."""

@@ -87,13 +87,13 @@ def test_g13_a_stopped_process_goes_on_where_it_was(start_process, receiver, gat
 
 
 def test_g13_what_ended_while_the_service_was_stopped_is_no_time_out(start_process, gate):
-    service = start_process(JOB_TIMEOUT="2s", MAX_RUNNING="100")
-    sent = [service.send(gate.data) for _ in range(100)]
-    gate.wait_for(100)
+    service = start_process(JOB_TIMEOUT="4s", MAX_RUNNING="200")
+    sent = [service.send(gate.data) for _ in range(200)]
+    gate.wait_for(200)
 
     os.kill(service.pid, signal.SIGSTOP)
     gate.open()
-    threading.Event().wait(2.5)
+    threading.Event().wait(5)
     os.kill(service.pid, signal.SIGCONT)
 
     assert {job["outcome"] for job in service.wait_for_all(sent)} == {"succeeded"}

@@ -486,6 +486,27 @@ def test_a_worker_that_cannot_start_is_a_lack_that_may_pass(start, monkeypatch):
         start(2)
 
 
+def test_a_worker_that_is_killed_while_it_loads_is_a_lack_that_may_pass(own, start):
+    own("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+    with pytest.raises(errors.Refusal, match="loading the analysis ended with signal 9"):
+        start(2, "own_analysis:run")
+
+
+def test_a_worker_whose_thread_begins_too_late_is_given_up(start, monkeypatch):
+    gate, serve = threading.Event(), WorkerExecutor._serve
+    monkeypatch.setattr(executor, "LOADING_SECONDS", 0.1)
+    one = start(1)
+    monkeypatch.setattr(WorkerExecutor, "_serve", lambda *args: gate.wait(9) and serve(*args))
+    (first,) = one._workers
+    first.kill()
+
+    poll(lambda: one.failure() and "did not begin" in one.failure(), "it is given up")
+    gate.set()
+    poll(one.free, "another one")
+    poll(lambda: len(one._workers) == 1, "only that one")
+
+
 def test_the_modules_of_the_user_are_found_before_ours(own, start):
     for name in ("config", "jobs", "app", "processing"):
         own(f"name = 'own {name}'", name)

@@ -545,6 +545,16 @@ def test_a_connection_that_is_silent_for_too_long_is_closed(serve, impatient, mo
         gone(service)
 
 
+def test_a_caller_that_goes_on_sending_what_is_refused_holds_up_nobody(process, caplog):
+    large = post(b"x" * 3_000_000)
+    with connected(process) as (conn, stream), contextlib.suppress(OSError):
+        conn.sendall(large)
+        assert answer(stream)[0] == 413
+
+    gone(process)
+    assert "server failed" not in caplog.messages
+
+
 def test_of_many_requests_at_once_a_few_are_parsed_at_a_time(serve):
     began, gate = threading.Event(), threading.Event()
 

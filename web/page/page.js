@@ -92,7 +92,7 @@ function connected(isWell, error) {
 
 // Jobs
 
-const words = () => find("search").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
+const words = () => find("search").value.trim().toLowerCase().split(/[\s…]+/).filter(Boolean);
 
 function showJobs(jobs) {
   const found = jobs.filter(isSearched);
@@ -154,7 +154,7 @@ function showAnalysis(cell, job) {
 function took(job) {
   if (!job.started_at || job.state === "accepted") return ""; // it waits to be run again
   const end = job.finished_at ? Date.parse(job.finished_at) : now();
-  return span((end - Date.parse(job.started_at)) / 1000);
+  return span((end - Date.parse(job.started_at)) / 1000, job.finished_at ? 10 : 1); // the clock is known to the second
 }
 
 function nextStep(job) {
