@@ -50,14 +50,6 @@ def terminate(data: Any) -> None:
     threading.Event().wait(analyses.PATIENCE_SECONDS)
 
 
-def close_descriptors(data: list[int]) -> str:
-    """Close a range of file descriptors, and go on for a while."""
-    os.closerange(*data)
-    if data[0] > 2:
-        threading.Event().wait(analyses.PATIENCE_SECONDS)
-    return "closed"
-
-
 def keep_the_interpreter(data: Any) -> None:
     """Never let another thread run again."""
     re.match("(a+)+$", "a" * 60 + "b")
@@ -72,13 +64,6 @@ def open_too_many(data: int) -> None:
     except OSError:
         for _ in range(data):
             os.close(_held.pop())
-
-
-def crash_beside_a_child(data: Any) -> None:
-    """Fork a child that holds all connections open, and end."""
-    if os.fork() == 0:
-        threading.Event().wait(analyses.PATIENCE_SECONDS)
-    os._exit(3)
 
 
 def leave_state(data: Any) -> list[Any]:
