@@ -444,11 +444,12 @@ def test_a_worker_without_descriptors_or_threads_is_replaced(start, left):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Return a function that writes a module of the user's."""
+    """Return a function that writes a module of the user's, and returns ANALYSIS."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def write(source, name="own_analysis"):
         (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        return f"{name}:run"
 
     return write
 

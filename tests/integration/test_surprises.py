@@ -25,9 +25,12 @@ from jobs.runner import Runner
 from jobs.writer import Writer
 from tests.conftest import ACT
 from tests.harness import ROOT, Caller, act, environment, failing, poll, refusal
-from tests.integration.test_executor import SHARED, Call, Loop
+from tests.integration import test_executor
+from tests.integration.test_executor import SHARED, Call
 from tests.receiver import Receiver
 from web import outbound
+
+start_executor, own = test_executor.start, test_executor.own
 
 
 class FullDisk(sqlite3.Connection):
@@ -80,24 +83,6 @@ def fail(monkeypatch):
 
 
 @pytest.fixture
-def start_executor():
-    """Return a function that starts an executor."""
-    started = []
-
-    def start_executor(workers=None, analysis=ACT["ANALYSIS"]):
-        options = {"workers": workers, "log_level": "info"}
-        one = WorkerExecutor(analysis=analysis, **options)
-        one.start()
-        started.append(Loop(one))
-        return one
-
-    yield start_executor
-
-    for loop in started:
-        loop.close()
-
-
-@pytest.fixture
 def no_threads(monkeypatch):
     """Let no thread start while the returned event is set."""
     refused, start = threading.Event(), _thread.start_new_thread
@@ -109,18 +94,6 @@ def no_threads(monkeypatch):
 
     monkeypatch.setattr(_thread, "start_new_thread", limited)
     return refused
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Return a function that writes a module of the user's, and returns ANALYSIS."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def write(source):
-        (tmp_path / "own_analysis.py").write_text(source)
-        return "own_analysis:run"
-
-    return write
 
 
 def test_a_cancel_that_cannot_be_committed_is_refused_and_the_job_goes_on(
