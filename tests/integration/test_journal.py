@@ -217,22 +217,6 @@ def test_of_many_threads_at_one_move_exactly_one_wins(opened, name, state):
     assert race(is_moved).count(True) == 1
 
 
-TAKING: dict[str, tuple[Step, Step]] = {
-    "claim": (accepted, claim),
-    "claim due": (lambda one: delivering(one, due_at=NOW), claim_due),
-    "receive": (accepted, lambda one: receive(one, "1")),
-    "prune": (delivered, lambda one: prune(one, LATEST)),
-}
-
-
-@pytest.mark.parametrize("name", TAKING)
-def test_of_many_threads_that_take_exactly_one_gets_it(opened, name):
-    bring, take = TAKING[name]
-    bring(opened)
-
-    assert [bool(taken) for taken in race(lambda: take(opened))].count(True) == 1
-
-
 def test_jobs_that_must_run_alone_are_claimed_first_and_only_so_many(opened):
     ids = [accept(opened) for _ in range(4)]
     for begun, is_alone in zip(claim(opened), (False, True, True, True), strict=True):
