@@ -352,12 +352,6 @@ def test_a_probe_is_written(opened, tmp_path):
 # The schema
 
 
-def test_the_columns_of_a_job_are_its_attributes_in_their_order(opened):
-    columns = [row["name"] for row in opened._read("PRAGMA table_info(jobs)")]
-
-    assert columns == ["seq", *Job.__slots__, "idempotency_key", "body_sha256"]
-
-
 @pytest.mark.parametrize(("column", "enum"), [("state", State), ("outcome", Outcome)])
 def test_the_schema_allows_the_values_of_the_enum_and_no_others(opened, column, enum):
     accept(opened)
