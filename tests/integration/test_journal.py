@@ -243,14 +243,6 @@ def test_due_attempts_are_taken_once_for_one_receiver_the_earliest_first(opened)
     assert opened.earliest_attempts() == [("", NOW + SECOND * 3), ("https://b:443", NOW)]
 
 
-def test_undelivered_jobs_of_a_time_are_resent_in_batches(opened):
-    for _ in range(3):
-        undelivered(opened)
-
-    assert resend_all(opened, since=NOW + SECOND, now=LATEST) == 0
-    assert [resend_all(opened) for _ in range(3)] == [2, 1, 0]
-
-
 # Start, stop and prune
 
 
