@@ -83,6 +83,7 @@ def test_a_large_body(service, sent, codes, rows):
         pytest.param(r'"a\u0000b"', id="C11"),
         pytest.param('{"%s": 1}' % ("k" * 100_000), id="C13 100 KB"),
         pytest.param('{"__proto__": {"": 1}, "__class__": 2}', id="C13"),
+        pytest.param(json.dumps("x" * 1_000_000), id="C14 1 MB"),
         pytest.param('"\u202e\u200f abc \u05d0"', id="C16 right to left"),
         pytest.param('"a\u200b\u200d\ufeffb"', id="C16 zero width"),
         pytest.param('"👩‍👩‍👧‍👦 🏴‍☠️"', id="C16 emoji"),

@@ -158,13 +158,6 @@ def mark(call, path):
     return file.read_text()
 
 
-# One job
-
-
-def test_a_large_payload_and_a_large_result_arrive(one):
-    assert Call(one, "echo", "x" * 5_000_000).result() == "x" * 5_000_000
-
-
 # What a process has of its own
 
 
