@@ -112,21 +112,6 @@ def detail(body):
 # Problems
 
 
-@pytest.mark.parametrize("path", ["/x", "/nowhere"])
-def test_a_refused_head_has_no_body(serve, path):
-    def refuse():
-        raise errors.Refusal(404, "Unknown job", "do this")
-
-    service = serve({"/x": refuse})
-    with connected(service) as (conn, stream):
-        conn.sendall(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        head = b"".join(iter(stream.readline, b"\r\n"))
-        conn.sendall(LIVEZ)
-
-        assert head.startswith(b"HTTP/1.1 404 Not Found\r\nContent-Length: ")
-        assert answer(stream)[0] == 200
-
-
 @pytest.mark.parametrize("exc", [ValueError("secret"), RecursionError(), MemoryError()])
 def test_an_unexpected_error_is_a_500_without_a_traceback_and_logged_once(serve, caplog, exc):
     def handler():
