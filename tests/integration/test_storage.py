@@ -260,20 +260,6 @@ def test_a_full_disk_refuses_all_of_a_transaction_and_recovers(opened, caplog):
     assert caplog.messages == ["journal failed", "journal recovered"]
 
 
-@pytest.mark.parametrize("code", ["SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_BUSY"])
-@pytest.mark.parametrize("number", range(1, 14))
-def test_whichever_operation_fails_what_is_promised_is_there(path, opened, reopen, code, number):
-    texts = ["a", "b", "c", "d"]
-    connection = opened._connection
-    connection.fail(code, number)
-
-    acknowledged = [text for text in texts if not refused(partial(opened.note, text))]
-
-    assert len(acknowledged) == len(texts) - (connection.operations >= connection.fails_at)
-    assert opened.losses == []
-    assert reopen(after_a_crash(path, "-wal")).notes() == acknowledged
-
-
 def test_when_memory_runs_out_nothing_is_committed(opened):
     class Small(dict[str, str]):
         def __getitem__(self, name):
