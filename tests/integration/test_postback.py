@@ -750,6 +750,17 @@ def test_what_is_not_tls_is_a_failed_attempt(sender_with, greeting, error):
 
 
 @pytest.mark.parametrize(
+    ("number", "chance", "expected"),
+    [(1, 0.5, 2.0), (1, 0.0, 1.6), (1, 1.0, 2.4), (2, 0.5, 10.0), (3, 0.0, 48.0)],
+)
+def test_the_wait_is_that_of_the_schedule_give_or_take_a_fifth(receiver, number, chance, expected):
+    receiver.answers = [500]
+    sender = sender_to(receiver.url, schedule=[2.0, 10.0, 60.0], random=lambda: chance)
+
+    assert attempt(sender, number=number).seconds_until_next == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         *(("1", 1), ("3600", 3600), ("1000000000", 3600)),
