@@ -65,9 +65,12 @@ def test_without_a_postback_url_the_service_posts_to_its_own_receiver(service):
 @pytest.mark.parametrize(
     ("prefer", "status_code", "applied"),
     [
-        ("respond-async", 202, "respond-async"),
-        ("wait=10, respond-async", 202, "respond-async"),
-        ("return=minimal", 200, None),
+        ("Respond-Async ; wait=10", 202, "respond-async"),
+        ('foo="a, b", respond-async', 202, "respond-async"),
+        ("respond-asynchronously", 200, None),
+        ("wait=10; respond-async", 200, None),
+        ('foo="a, respond-async, b"', 200, None),
+        (r'foo="\", respond-async"', 200, None),
     ],
 )
 def test_a_202_is_answered_to_who_prefers_it(service, prefer, status_code, applied):

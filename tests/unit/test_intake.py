@@ -119,22 +119,6 @@ def test_a_header_of_tracing_travels_as_it_came_or_is_dropped(value):
     assert payload.forwarded == {"traceparent": "00-0af7", "x-request-id": "r" * 512}
 
 
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        (" Respond-Async ; wait=10", True),
-        ('foo="a, b", respond-async', True),
-        ("respond-asynchronously", False),
-        ("wait=10; respond-async", False),
-        ('foo="a, respond-async"', False),
-        (r'foo="\", respond-async"', False),
-        ("\xff", False),
-    ],
-)
-def test_prefer_respond_async_is_found_among_others(header, expected):
-    assert intake.prefers_async({"HTTP_PREFER": header}) is expected
-
-
 json_values = st.recursive(
     st.none()
     | st.booleans()
