@@ -395,15 +395,6 @@ def test_f06_a_receiver_that_does_not_read_is_left_in_time(sender_with):
     assert made.duration_seconds == pytest.approx(0.3, abs=0.15)
 
 
-def test_f06_a_kept_connection_has_the_same_limit(hasty, receiver):
-    receiver.answers = [200, script.drip_headers]
-
-    made = [attempt(hasty), attempt(hasty)]
-
-    assert [request.connection for request in receiver.wait_for(2)] == [1, 1]
-    assert [one.error for one in made] == [None, LATE]
-
-
 def test_receivers_that_send_without_end_do_not_hold_up_another(sender_with, receiver):
     all_came = threading.Event()
 
@@ -664,7 +655,9 @@ def test_a_trusted_connection_never_serves_a_url_that_only_the_star_allows(sende
 # TLS
 
 
-def test_i20_a_private_authority_is_trusted_and_the_connection_kept(sender_with, tls):
+def test_i20_f06_a_private_authority_is_trusted_and_a_kept_connection_has_the_same_limit(
+    sender_with, tls
+):
     with Receiver([204, script.drip_headers], tls=tls.server("localhost")) as receiver:
         sender = sender_with(receiver.url, ca_path=tls.ca, timeout_seconds=0.3)
         made = [attempt(sender) for _ in range(2)]
