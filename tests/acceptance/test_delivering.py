@@ -73,18 +73,19 @@ def test_a_receiver_that_wants_no_more_is_left_alone_until_a_resend(service, mai
     assert service.wait_for(job_id)["state"] == "delivered"
 
 
-def test_a_receiver_that_was_down_gets_its_postbacks_when_it_is_up(start_process):
+def test_f01_a_receiver_that_was_down_gets_its_postbacks_when_it_is_up(start_process):
     # Below the ports that the system gives to connections: an attempt could get this very one.
     port = 20_000 + os.getpid() % 10_000
     service = start_process(
         POSTBACK_URL=f"http://127.0.0.1:{port}/", POSTBACK_SCHEDULE="9ms " * 200
     )
     job_id = service.send(1)
-    poll(lambda: service.job(job_id)["attempts"], "an attempt that fails")
+    failed = poll(lambda: service.job(job_id)["attempts"], "an attempt that fails")
 
     with Receiver(port=port) as up:
         assert up.wait_for(1)[0].headers["webhook-id"] == job_id
         assert service.wait_for(job_id)["state"] == "delivered"
+    assert failed[0]["error"] == "the connection failed: Connection refused"
 
 
 def test_attempts_that_wait_are_resumed_without_the_analysis(start_process, receiver):

@@ -352,18 +352,6 @@ def test_the_start_of_a_failed_answer_is_kept_for_the_operator(sender, receiver,
 # In time
 
 
-def test_f01_a_refused_connection_is_a_failed_attempt_until_the_receiver_comes_up(sender_with):
-    with Receiver() as first:
-        port, sender = first.port, sender_with(first.url)
-    refused = attempt(sender)
-
-    with Receiver(port=port):
-        delivered = attempt(sender)
-
-    assert refused.error == "the connection failed: Connection refused"
-    assert delivered.delivered
-
-
 def test_f02_a_name_that_does_not_exist_is_a_failed_attempt(sender_with):
     # libcurl never looks up names that end in .onion.
     made = attempt(sender_with("http://no.onion/?key=private"))
@@ -649,9 +637,7 @@ def test_a_trusted_connection_never_serves_a_url_that_only_the_star_allows(sende
 # TLS
 
 
-def test_i20_f06_a_private_authority_is_trusted_and_a_kept_connection_has_the_same_limit(
-    sender_with, tls
-):
+def test_i20_f06_a_private_authority_is_trusted_and_the_connection_kept(sender_with, tls):
     with Receiver([204, script.drip_headers], tls=tls.server("localhost")) as receiver:
         sender = sender_with(receiver.url, ca_path=tls.ca, timeout_seconds=0.3)
         made = [attempt(sender) for _ in range(2)]
