@@ -52,21 +52,6 @@ def test_what_two_parsers_could_read_differently_is_refused_with_what_is_right(v
     assert refusal(b'{"data": %s}' % value.encode()).startswith(detail)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '"\\uD83D\\uDE00 \\\\ud800"',
-        '[{"a":' * 32 + "1" + "}]" * 32,
-        "[" + "[]," * 500 + "[]]",
-        json.dumps("[{" * 500),
-    ],
-)
-def test_what_only_looks_wrong_is_taken(text):
-    body = b'{"data": ' + text.encode() + b"}"
-
-    assert intake.parse(body, max_depth=65)["data"] == json.loads(text)
-
-
 # The fields
 
 
