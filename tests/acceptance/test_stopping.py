@@ -75,8 +75,8 @@ def test_a_service_that_anyone_can_reach_without_a_token_is_warned_about(start_p
     ("settings", "lines"),
     [
         (
-            {"PORT": "http", "DRAIN": "soon", "POSTBACK_URI": "x"},
-            ["POSTBACK_URI: there is no such setting", "PORT='http':", "DRAIN='soon':"],
+            {"PORT": "http", "DRAIN": "soon", "POSTBACK_URI": "x", "EXECUTOR": "dask"},
+            ["POSTBACK_URI: there is no", "PORT='http':", "DRAIN='soon':", "DASK_SCHEDULER: EXEC"],
         ),
         ({"ANALYSIS": "nowhere:run"}, ["ANALYSIS='nowhere:run': there is no module 'nowhere'"]),
     ],

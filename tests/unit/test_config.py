@@ -146,20 +146,6 @@ def test_a_variable_that_is_empty_counts_as_unset(monkeypatch, name):
     assert config.load() == defaults
 
 
-def test_all_wrong_variables_are_named_in_one_refusal(monkeypatch):
-    monkeypatch.setenv("PORT", "http")
-    monkeypatch.setenv("POSTBACK_TIMEOUT", "fast")
-    monkeypatch.setenv("POSTBACK_RETRIES", "3")
-    monkeypatch.setenv("EXECUTOR", "dask")
-
-    assert sorted(problems()) == [
-        "DASK_SCHEDULER: EXECUTOR=dask needs it, such as tcp://127.0.0.1:8786",
-        "PORT='http': expected a whole number from 0 to 65535",
-        "POSTBACK_RETRIES: there is no such setting. ./run serve --help lists them.",
-        "POSTBACK_TIMEOUT='fast': expected a duration such as 15s or 5m, up to 3650d",
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
