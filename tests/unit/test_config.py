@@ -15,7 +15,8 @@ from jobs import errors
 from web.outbound import Policy
 
 SECRET = "whsec_" + "QUJD" * 8
-OTHER_SECRET = "whsec_" + "REVG" * 8
+OTHER_SECRET = "whsec_" + "REVG" * 21 + "RA=="  # of 64 bytes, the most
+SHORT, LONG = "whsec_" + "QUFB" * 7 + "QUE=", "whsec_" + "enp6" * 21 + "eno="  # of 23 and 65
 
 VARIABLES = [name for name, _, _ in config.table()]
 SECRETS = ["API_TOKEN", "POSTBACK_SECRET", "POSTBACK_HEADERS"]
@@ -78,8 +79,10 @@ BAD = [
         "'https://bad.example/path'",
     ),
     ("POSTBACK_ALLOW", "https://*", "The host"),
-    ("POSTBACK_SECRET", "secret", "whsec_"),
-    ("POSTBACK_SECRET", f"{SECRET} whsec_QUJD", "whsec_"),
+    *(
+        ("POSTBACK_SECRET", text, "expected whsec_ followed by the base64 of 24 to 64 random bytes")
+        for text in (SECRET[6:], f"{SECRET}!", f"{OTHER_SECRET} whsec_QUJD", SHORT, LONG, " ")
+    ),
     ("POSTBACK_HEADERS", "Authorization: Bearer x", "a JSON object of headers"),
     ("POSTBACK_HEADERS", "[" * 100_000, "a JSON object of headers"),
     ("POSTBACK_HEADERS", '{"a: b": "c"}', "a JSON object of headers"),
@@ -181,7 +184,11 @@ def test_what_kubernetes_sets_for_a_service_is_ignored(monkeypatch, service, nam
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("API_TOKEN", "hunter2\N{SNOWMAN}"), ("POSTBACK_HEADERS", '{"X-Key": "hunter2", "b": 1}')],
+    [
+        ("API_TOKEN", "hunter2\N{SNOWMAN}"),
+        ("POSTBACK_HEADERS", '{"X-Key": "hunter2", "b": 1}'),
+        ("POSTBACK_SECRET", "hunter2"),
+    ],
 )
 def test_a_refusal_never_shows_a_secret(monkeypatch, name, text):
     monkeypatch.setenv(name, text)

@@ -72,29 +72,6 @@ def test_a_timestamp_that_is_not_a_number_of_seconds_is_refused(timestamp):
     assert status_code([SECRET], {**HEADERS, "webhook-timestamp": timestamp}) == 400
 
 
-@pytest.mark.parametrize("key_bytes", [24, 64])
-def test_a_secret_of_24_to_64_bytes_is_accepted(key_bytes):
-    secret = "whsec_" + base64.b64encode(b"k" * key_bytes).decode()
-
-    assert signatures.read_secrets(f" {secret}\n") == (secret,)
-
-
-@pytest.mark.parametrize(
-    "secret",
-    [
-        *("changeme", "whsec_", SECRET.removeprefix("whsec_"), SECRET + "!", " "),
-        "whsec_" + base64.b64encode(b"k" * 23).decode(),
-        "whsec_" + base64.b64encode(b"k" * 65).decode(),
-    ],
-)
-def test_an_unfit_secret_is_refused_and_not_shown(secret):
-    with pytest.raises(ValueError, match="expected whsec_ followed by the base64 of 24 to 64") as e:
-        signatures.read_secrets(secret)
-
-    told = str(e.value).partition(". To make one: ")[0].replace("expected whsec_ ", "")
-    assert secret == " " or secret not in told
-
-
 # The secret of one receiver
 
 
