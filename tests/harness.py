@@ -72,6 +72,13 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def is_alive(pid: int | None) -> bool:
+    """Return whether a process runs: it may end before, or while, its state is read."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def act(name: str, argument: Any = None) -> dict[str, Any]:
     """Return the data for which `tests.analyses:act` calls the function of this name."""
     return {"call": name, "with": argument}

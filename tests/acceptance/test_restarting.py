@@ -1,6 +1,5 @@
 """What a kill -9 costs: no accepted job, and at most one run of an analysis."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import requests
 
 from tests.faults.launch import KILLED
-from tests.harness import ROOT, RealProcess, act, environment, poll
+from tests.harness import ROOT, RealProcess, act, environment, is_alive, poll
 
 
 def send(service: RealProcess, data: Any) -> str:
@@ -168,12 +167,3 @@ def test_workers_and_their_children_die_with_the_service(start_process, tmp_path
     service.kill()
 
     poll(lambda: not any(map(is_alive, pids)), "their end")
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:  # noqa: PTH123 - a line of the kernel
-        return stat.read().rpartition(")")[2].split()[0] != "Z"

@@ -17,7 +17,7 @@ import pytest
 
 from jobs import errors, executor, model, worker
 from jobs.executor import Listener, WorkerExecutor
-from tests.harness import act, poll
+from tests.harness import act, is_alive, poll
 
 JOB = model.Job(
     id="",
@@ -143,12 +143,6 @@ def start():
 def one(request, start):
     """An executor of each kind."""
     return start(request.param)
-
-
-def is_alive(pid):
-    with suppress(FileNotFoundError, ProcessLookupError):  # it ends before, or while, it is read
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def mark(call, path):
