@@ -121,6 +121,11 @@ class Caller:
         """Return the ids on a page of jobs, the newest first."""
         return [job["id"] for job in self.get("/jobs" + query).json()["jobs"]]
 
+    def is_busy(self) -> bool:
+        """Return whether there is a job that has not ended."""
+        states = ("accepted", "running", "delivering")
+        return any(self.ids(f"?limit=1&state={state}") for state in states)
+
     def wait_for(self, job_id: str, *states: str, timeout: float = 10) -> Any:
         """Return the job as soon as it is in one of the states; by default in a final one."""
         wanted = states or (model.State.DELIVERED, model.State.UNDELIVERED)

@@ -191,7 +191,7 @@ def run(shim: Path, directory: Path, *, jobs: int, level: str) -> list[Entry]:
                 shares = [range(jobs)[first::CALLERS] for first in range(CALLERS)]
                 list(pool.map(lambda share: _call(service.base_url, share), shares))
             receiver.wait_for(jobs, timeout=60)
-            poll(lambda: not _unfinished(service), "all delivered", timeout=60)
+            poll(lambda: not service.is_busy(), "all delivered", timeout=60)
         finally:
             service.end()
     return read(record)
@@ -201,11 +201,6 @@ def _call(base_url: str, numbers: Iterable[int]) -> None:
     with contextlib.closing(Caller(base_url)) as caller:
         for number in numbers:
             caller.process({"data": number})
-
-
-def _unfinished(service: Caller) -> bool:
-    states = ("accepted", "running", "delivering")
-    return any(service.get(f"/jobs?limit=1&state={state}").json()["jobs"] for state in states)
 
 
 # The replay

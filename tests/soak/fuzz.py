@@ -186,8 +186,7 @@ class Fuzz:
 
 def _idle_usage(service: RealProcess) -> tuple[int, ...]:
     """Return the usage of the service and its worker once every job has ended."""
-    unfinished = [f"/jobs?limit=1&state={state}" for state in ("accepted", "running", "delivering")]
-    poll(lambda: not any(service.get(one).json()["jobs"] for one in unfinished), "the end", 60)
+    poll(lambda: not service.is_busy(), "the end", 60)
     both = [usage(pid) for pid in (service.pid, *service.workers())]
     return tuple(map(sum, zip(*both, strict=True)))
 

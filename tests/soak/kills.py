@@ -220,9 +220,7 @@ class Soak:
 
     def _has_ended(self) -> bool:
         """Whether all jobs have ended, also those whose answer never came."""
-        states = ("accepted", "running", "delivering")
-        left = any(self._service.ids(f"?limit=1&state={state}") for state in states)
-        return not left or bool(self.ledger.violation)
+        return not self._service.is_busy() or bool(self.ledger.violation)
 
     # The process
 
