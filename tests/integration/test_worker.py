@@ -61,6 +61,7 @@ def connect(monkeypatch):
 
     yield connect
 
+    socket.setdefaulttimeout(None)
     for one in controls[::2]:
         one.shutdown(socket.SHUT_RDWR)
     for thread in threads:
@@ -103,30 +104,18 @@ def test_a_result_that_is_too_large_is_an_error(connect, monkeypatch):
     [(b"", (worker.RESULT, b"7")), (b"disk full", (worker.ERROR, b'"message": "disk full"'))],
 )
 def test_progress_returns_once_the_value_is_kept_or_raises(connect, answer, frame):
+    socket.setdefaulttimeout(0.05)  # of the analysis, but not for the connection to the service
     connection = connect(report)
     assert exactly(connection, 1) == worker.START
     assert read(connection) == (worker.PROGRESS, b'[0.25, "quarter", null]')
     assert read(connection) == (worker.PROGRESS, b'[0.5, "", "7"]')
+    threading.Event().wait(0.2)  # as when the journal is locked
 
     worker.send(connection, worker.KEPT, answer)
 
     kind, payload = read(connection)
     assert kind == frame[0]
     assert frame[1] in payload
-
-
-def test_a_default_time_out_of_the_analysis_is_not_for_the_connection_to_the_service(connect):
-    socket.setdefaulttimeout(0.05)
-    try:
-        connection = connect(report)
-        assert exactly(connection, 1) == worker.START
-        assert [read(connection)[0] for _ in range(2)] == [worker.PROGRESS] * 2
-        threading.Event().wait(0.2)  # as when the journal is locked
-        worker.send(connection, worker.KEPT, b"")
-
-        assert read(connection) == (worker.RESULT, b"7")
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 def test_a_worker_whose_service_has_ended_before_it_looks_ends_at_once():
