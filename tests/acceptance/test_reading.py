@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from tests.harness import free_port, poll, refusal
+from tests.harness import events, free_port, poll, refusal
 from tests.receiver import reply
 
 # Lists
@@ -55,7 +55,7 @@ def test_a_question_of_nonsense_is_refused(service, path, status_code):
 
 
 def test_everything_about_an_ended_job_is_told(service, mailbox):
-    job_id = service.send({"a": 1}, mailbox)
+    job_id = service.send({"a": 1}, mailbox, metadata={"order": "é"})
 
     job = service.wait_for(job_id)
 
@@ -66,6 +66,11 @@ def test_everything_about_an_ended_job_is_told(service, mailbox):
     (attempt,) = job["attempts"]
     assert (attempt["number"], attempt["status_code"], attempt["error"]) == (1, 204, None)
     assert 0 <= attempt["duration_seconds"] < 5
+    (event,) = events(mailbox.requests)
+    told = ("id", "outcome", "result", "error", "metadata")
+    times = ("created_at", "started_at", "finished_at")
+    assert event.pop("data") == {name: job[name] for name in (*told, *times)}
+    assert event == {"type": "job.succeeded", "timestamp": job["finished_at"]}
 
 
 def test_a_job_that_has_ended_says_when_it_is_removed(service):
