@@ -465,13 +465,14 @@ class WorkerExecutor(Executor):
         if self._draining.is_set() or time.monotonic() < self._retry_at:
             return None
         one = _Worker(slots, is_stale=not slots)
+        self._workers.append(one)  # before its thread asks whether it is there
         try:
             # A threading.Thread could hold up the loop for ever: it waits until the thread runs.
             _thread.start_new_thread(self._live, (one,))
         except (RuntimeError, MemoryError) as exc:
             self._refusal = f"No worker can be started: {exc}."
+            self._workers.remove(one)
             return None
-        self._workers.append(one)
         return one
 
     def _welcome(self, one: _Worker, control: socket.socket) -> None:
