@@ -531,7 +531,7 @@ class WorkerExecutor(Executor):
         except (OSError, MemoryError) as exc:
             problem = f"No worker can be started: {exc}."
         # Whoever ended it may be about to stop the service.
-        if one.runs and -(one.code or 0) in POLITE:
+        if -(one.code or 0) in POLITE:
             self._draining.wait(STOP_SECONDS)
         if one in self._workers:
             self._tell(self._bury, one, problem)

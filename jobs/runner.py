@@ -391,7 +391,8 @@ class Runner:
         limit = MAX_PER_RECEIVER if is_proven else MAX_PER_UNPROVEN_RECEIVER
         taken = [run.job.receiver for run in self.runs.values() if run.is_posting]
         taken = [one for one in taken if (one in self._proven) is is_proven]
-        room = max(0, min(limit - taken.count(receiver), MAX_ATTEMPTS - len(taken)))
+        own, free = taken.count(receiver), MAX_ATTEMPTS - len(taken)
+        room = max(0, min(limit - own, (free - own + 1) // 2))  # each leaves some for others
         self._is_crowded |= not room
         return room
 

@@ -513,7 +513,8 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             self.later = b""
             self.received(data)
             self.server.wake()  # the loop is about to wait
-            waits = bool(self.connected and super().readable())
+            # A thread may have answered already.
+            waits = bool(self.connected and not self.later and super().readable())
         if waits and self.server.silent:
             self.server.silent.add(self)
             waits = False

@@ -540,6 +540,16 @@ def test_a_caller_that_goes_on_sending_what_is_refused_holds_up_nobody(process, 
     assert "server failed" not in caplog.messages
 
 
+def test_requests_that_threads_answer_quickly_are_answered_in_their_order(serve):
+    service = serve({"/x": lambda: bottle.request.query.n})
+    for _ in range(30):
+        with connected(service) as (conn, stream):
+            for n in range(0, 300, 50):
+                conn.sendall(b"".join(get(f"/x?n={one}") for one in range(n, n + 50)))
+
+            assert [answer(stream)[2] for _ in range(300)] == [b"%d" % n for n in range(300)]
+
+
 def test_of_many_requests_at_once_a_few_are_parsed_at_a_time(serve):
     began, gate = threading.Event(), threading.Event()
 
