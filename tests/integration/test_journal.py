@@ -243,6 +243,12 @@ def test_due_attempts_are_taken_once_for_one_receiver_the_earliest_first(opened)
     assert opened.earliest_attempts() == [("", NOW + SECOND * 3), ("https://b:443", NOW)]
 
 
+def test_what_ended_after_a_resend_of_all_began_is_left_so_that_it_comes_to_an_end(opened):
+    undelivered(opened)
+
+    assert [resend_all(opened, now=now) for now in (NOW - SECOND, NOW)] == [0, 1]
+
+
 # Start, stop and prune
 
 
