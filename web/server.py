@@ -539,7 +539,7 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
             while data and not self.requests:
                 size, request = PIECE_BYTES, self.request
                 if request and request.headers_finished and not request.chunked:
-                    size = request.content_length - request.body_bytes_received
+                    size = max(1, request.content_length - request.body_bytes_received)
                 piece, data = data[:size], data[size:]
                 super().received(piece if self.request else piece.lstrip(b"\r\n"))
             self.later = data  # a thousand requests may have come at once
