@@ -381,7 +381,7 @@ def _stop(service: Service) -> None:
 
 def _refuse(exc: Exception) -> NoReturn:
     logs.say(exc, sys.stderr)
-    _exit(EXIT_REFUSED if isinstance(exc, ConfigError) else EXIT_LOST)  # which may pass
+    _exit(EXIT_REFUSED if isinstance(exc, ConfigError) else EXIT_LOST)
 
 
 def _exit(code: int) -> NoReturn:
