@@ -45,9 +45,8 @@ def duration(text: str) -> float:
     """Return the seconds of a text such as `15s`."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)", text)
     seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
-    return _checked(
-        seconds, 0 < seconds <= _MAX_SECONDS, "a duration such as 15s or 5m, up to 3650d"
-    )
+    expected = "a duration such as 15s or 5m, up to 3650d"
+    return _checked(seconds, 0 < seconds <= _MAX_SECONDS, expected)
 
 
 def timeout(text: str) -> float | None:
@@ -68,9 +67,8 @@ def size(text: str) -> int:
     """Return the bytes of a text such as `1MiB`."""
     match = re.fullmatch(r"([0-9]{1,10})(B|KiB|MiB|GiB)?", text)
     size_bytes = int(match[1]) * _BYTES[match[2] or ""] if match else 0
-    return _checked(
-        size_bytes, 0 < size_bytes <= _MAX_BYTES, "a size such as 64KiB or 1MiB, up to 1GiB"
-    )
+    expected = "a size such as 64KiB or 1MiB, up to 1GiB"
+    return _checked(size_bytes, 0 < size_bytes <= _MAX_BYTES, expected)
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

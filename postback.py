@@ -152,11 +152,8 @@ class Sender:
         Without `PreparedRequest.prepare`, which checks again what is checked already and would cost
         as much as the sending.
         """
-        own = {
-            name: text
-            for name, text in self._config.postback_headers.items()
-            if is_trusted and name.lower() not in job.forwarded
-        }
+        given = self._config.postback_headers if is_trusted else {}
+        own = {name: text for name, text in given.items() if name.lower() not in job.forwarded}
         target = outbound.parts(job.postback_url or self._url)
         scheduled = job.resent_after + len(self._config.postback_schedule_seconds)
         headers = {
@@ -175,9 +172,8 @@ class Sender:
         if not (target.origin == self._own_origin or path in self._own_urls):
             secrets = tuple(signatures.secret_for(secret, target.origin) for secret in secrets)
         if secrets:
-            headers["webhook-signature"] = signatures.sign(
-                secrets, webhook_id=job.id, timestamp=at, body=event
-            )
+            signature = signatures.sign(secrets, webhook_id=job.id, timestamp=at, body=event)
+            headers["webhook-signature"] = signature
         request = requests.PreparedRequest()
         request.method, request.url, request.body = "POST", target.url, event
         request.headers = headers  # type: ignore[assignment]  # a dict is copied much faster

@@ -566,10 +566,8 @@ class WorkerExecutor(Executor):
             return None
         if not line and -(one.code or 0) in {signal.SIGKILL, *POLITE}:  # mostly for memory
             return f"No worker can be started: loading the analysis ended with {_how(one.code)}."
-        problem = (
-            line.decode(errors="replace").strip()
-            or f"loading it ended its process: {_how(one.code)}"
-        )
+        problem = line.decode(errors="replace").strip()
+        problem = problem or f"loading it ended its process: {_how(one.code)}"
         return f"ANALYSIS={self._arguments[-1]!r}: {problem}"
 
 

@@ -104,8 +104,7 @@ def read_body(environ: Mapping[str, Any], *, max_bytes: int, hint: str = "") -> 
     if not length:
         raise errors.invalid('The body is empty; send JSON such as {"data": 1}.')
     _check_type(environ)
-    body: bytes = environ["wsgi.input"].read()
-    return body
+    return bytes(environ["wsgi.input"].read())
 
 
 def parse(body: bytes, *, max_depth: int) -> Any:

@@ -72,7 +72,6 @@ def answered(answer: Answer) -> None:
     is_quiet = answer.status_code < 400 and (
         answer.method in ("GET", "HEAD") or answer.route == "/process"
     )
-    level = logging.DEBUG if is_quiet else logging.INFO
     facts = {
         "job_id": answer.job_id and answer.job_id[:MAX_PATH],
         "method": answer.method[:MAX_PATH],
@@ -81,7 +80,7 @@ def answered(answer: Answer) -> None:
         "reason": answer.reason,
         "ms": round(answer.seconds * 1000, 1),
     }
-    access_log.log(level, "answered", extra=facts)
+    access_log.log(logging.DEBUG if is_quiet else logging.INFO, "answered", extra=facts)
 
 
 class TextFormatter(logging.Formatter):

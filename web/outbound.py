@@ -473,9 +473,8 @@ def _listed(entry: str) -> str:
     except errors.Refusal as exc:
         why = exc.detail
     shown = re.sub(r"//.*@", "//***@", entry)
-    raise ValueError(
-        f"{shown!r}: expected origins such as https://example.com:8443, separated by spaces. {why}"
-    )
+    expected = "origins such as https://example.com:8443, separated by spaces"
+    raise ValueError(f"{shown!r}: expected {expected}. {why}")
 
 
 def _refused(detail: str) -> errors.Refusal:

@@ -70,10 +70,8 @@ class Receiver:
         webhook_id = headers["webhook-id"] or hashlib.sha256(body).hexdigest()
 
         def write() -> bottle.HTTPResponse:
-            signature = "good" if self.secrets else "none"
-            if not self.journal.receive(
-                webhook_id=webhook_id, received_at=now, signature=signature, body=body
-            ):
+            facts = {"received_at": now, "signature": "good" if self.secrets else "none"}
+            if not self.journal.receive(webhook_id=webhook_id, body=body, **facts):
                 return json_answer({"status": "duplicate"})
             # As ASCII, so that it cannot steer a terminal.
             shown = ascii(f"{webhook_id} {body[:MAX_SHOWN].decode(errors='replace')}")[1:-1]

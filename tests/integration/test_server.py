@@ -26,7 +26,7 @@ from tests.wire import answer, chunked, connected, exchange, get, post
 from web import intake, server
 from web.server import Application, Server, json_answer
 
-MAX_BODY = 100_000
+MAX_BODY = 300_000
 LIVEZ = get("/livez")
 
 
@@ -273,6 +273,8 @@ def named():
         (post(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * 100), True),
         (post(b"x" * (server.SHORT_BYTES + 1)), False),
+        (post(b"[{," * (server.SHORT_VALUES // 3) + b","), True),
+        (post(b"[{," * (server.SHORT_VALUES // 3) + b",,"), False),
         (chunked(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * (server.SHORT_BYTES + 1)), False),
         (post(path="/x"), False),
@@ -285,6 +287,27 @@ def test_the_loop_checks_what_is_short_and_stores_everything(serve, sent, in_loo
 
     assert (names["checks"] == "server") is in_loop
     assert (names["stores"], service.turn.count) == ("server", 1)
+
+
+def test_large_bodies_are_checked_one_by_one_and_hold_up_nobody_else(serve):
+    entered, gate = threading.Semaphore(0), threading.Event()
+
+    def check():
+        entered.release()
+        assert gate.wait(10)
+        named()
+
+    service = serve({"/process": check, "/x": dict})
+    with connected(service) as one, connected(service) as other:
+        for conn, _ in (one, other):
+            conn.sendall(post(b"x" * (server.SHORT_BYTES + 1)))
+        assert entered.acquire(timeout=5)
+
+        assert [exchange(service, get("/x"))[0] for _ in range(5)] == [200] * 5
+
+        assert not entered.acquire(timeout=0)  # the second body waits
+        gate.set()
+        assert [answer(stream)[0] for _, stream in (one, other)] == [200, 200]
 
 
 def test_no_answer_leaves_before_the_commit(process):

@@ -191,7 +191,7 @@ def test_sql_is_in_the_journal_alone():
 # Size, in lines of code: what there is now, so that it does not grow unseen. The aims are 450 for a
 # module, 2,900 for the product and 1,350 for the core.
 
-MAX_MODULE, MAX_PRODUCT, MAX_CORE = 450, 4200, 1299
+MAX_MODULE, MAX_PRODUCT, MAX_CORE = 450, 4200, 1295
 
 
 @pytest.mark.parametrize("module", SOURCES)
