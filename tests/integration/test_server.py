@@ -273,8 +273,8 @@ def named():
         (post(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * 100), True),
         (post(b"x" * (server.SHORT_BYTES + 1)), False),
-        (post(b"[{," * (server.SHORT_VALUES // 3) + b","), True),
-        (post(b"[{," * (server.SHORT_VALUES // 3) + b",,"), False),
+        (post(b"[{," * (server.SHORT_MARKS // 3) + b",,"), True),
+        (post(b"[{," * (server.SHORT_MARKS // 3) + b",,,"), False),
         (chunked(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * (server.SHORT_BYTES + 1)), False),
         (post(path="/x"), False),
@@ -299,11 +299,11 @@ def test_large_bodies_are_checked_one_by_one_and_hold_up_nobody_else(serve):
 
     service = serve({"/process": check, "/x": dict})
     with connected(service) as one, connected(service) as other:
-        for conn, _ in (one, other):
-            conn.sendall(post(b"x" * (server.SHORT_BYTES + 1)))
+        for (conn, _), path in ((one, "/process"), (other, "//process")):
+            conn.sendall(post(b"x" * (server.SHORT_BYTES + 1), path=path))
         assert entered.acquire(timeout=5)
 
-        assert [exchange(service, get("/x"))[0] for _ in range(5)] == [200] * 5
+        assert [exchange(service, get("/x"))[0] for _ in range(40)] == [200] * 40
 
         assert not entered.acquire(timeout=0)  # the second body waits
         gate.set()
@@ -335,6 +335,26 @@ def test_requests_that_come_during_a_commit_share_the_next(process):
 
         assert [answer(stream)[0] for _, stream in ends] == [200] * 20
     assert process.turn.count == 2
+
+
+def test_a_turn_ends_early_when_its_checks_take_long(serve):
+    def check():
+        until = time.monotonic() + server.TURN_SECONDS
+        while time.monotonic() < until:
+            pass
+        named()
+
+    service = serve({"/process": check})
+    service.turn.gate.clear()
+    with connected(service) as first, connected(service) as second, connected(service) as third:
+        first[0].sendall(post())
+        assert service.turn.entered.wait(5)
+        for conn, _ in (second, third):
+            conn.sendall(post())
+        service.turn.gate.set()
+
+        assert [answer(stream)[0] for _, stream in (first, second, third)] == [200] * 3
+    assert service.turn.count == 3
 
 
 @pytest.mark.parametrize(
