@@ -46,8 +46,10 @@ def _waiting(clients: int, text_bytes: int = 0) -> Load:
 
 
 STEADY = Load(clients=64, rate=100)
+KB = (1, 10, 30, 100, 300, 900)  # of a payload
 HALF_SENT = "100 jobs/s beside 2,000 requests that were sent in part; echo"
 DEAD = "133 jobs/s to 200 receivers: 25 refuse, 25 never answer, 150 are well; echo"
+TO_ALL = Load(receivers=150)
 TO_150 = dataclasses.replace(STEADY, receivers=150)
 TO_200 = dataclasses.replace(STEADY, receivers=200, rate=133.3, patience=5)
 
@@ -55,11 +57,11 @@ CASES = (
     Case("closed", "32 clients, each sends the next payload once it is answered; echo", Load()),
     Case("open", "100 jobs/s; echo", STEADY, beside="peers and bare"),
     Case("half-sent", HALF_SENT, STEADY, beside="", half_sent=2000, against="open"),
-    Case("100KB", "Payloads of 100 KB, 8 clients that wait; echo", _waiting(8, 100_000), 0.5),
-    Case("900KB", "Payloads of 900 KB, 8 clients that wait; echo", _waiting(8, 900_000), 0.5),
+    *(Case(f"{n}KB", f"{n} KB, 8 clients that wait; echo", _waiting(8, n * 1000), 0.5) for n in KB),
     Case("10MB", "Results of 10 MB, 4 clients that wait", _waiting(4), shape=systems.GROW),
     Case("nap", "A sleep of 100 ms, 32 clients that wait", _waiting(32), shape=systems.NAP),
     Case("burn", "50 ms of CPU, 8 clients that wait", _waiting(8), shape=systems.BURN),
+    Case("spread", "32 clients, 150 receivers; echo", TO_ALL, shape=MANY_RECEIVERS, beside=""),
     Case("live", "100 jobs/s to 150 receivers; echo", TO_150, shape=MANY_RECEIVERS, beside=""),
     Case("dead", DEAD, TO_200, part=3, shape=MANY_RECEIVERS, beside="", against="live"),
 )

@@ -9,8 +9,6 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-TICKS = os.sysconf("SC_CLK_TCK")
-
 
 def usage(roots: Collection[int]) -> dict[str, float]:
     """Return what the processes and all below them have used so far, and hold now.
@@ -21,7 +19,7 @@ def usage(roots: Collection[int]) -> dict[str, float]:
     for pid, stat in below(roots).items():
         with contextlib.suppress(OSError):  # it has ended
             status = Path(f"/proc/{pid}/status").read_text()
-            row["cpu_ms"] += 1000 * sum(map(int, stat[11:15])) / TICKS
+            row["cpu_ms"] += 1000 * sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK")
             row["rss_mib"] += int(status.partition("VmRSS:")[2].split()[0]) / 1024
             row["peak_mib"] += int(status.partition("VmHWM:")[2].split()[0]) / 1024
             row["processes"] += 1
