@@ -251,7 +251,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             self._thread.join(STOP_SECONDS + TICK_SECONDS)
             for one in dispatchers:
                 one.shutdown(timeout=TICK_SECONDS)
-        if not (self._thread.is_alive() or any(one.threads for one in dispatchers)):  # they write
+        # Threads that still run write to some of the connections.
+        if not (self._thread.is_alive() or any(one.threads for one in dispatchers)):
             for channel in list(self.active_channels.values()):
                 channel.handle_close()
             wasyncore.close_all(self._map)
