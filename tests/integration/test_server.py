@@ -270,6 +270,7 @@ def named():
     [
         (post(path="/postprocessed"), True),
         (LIVEZ, True),
+        (get("/readyz"), True),
         (post(b"x" * server.SHORT_BYTES), True),
         (chunked(b"x" * 100), True),
         (post(b"x" * (server.SHORT_BYTES + 1)), False),
@@ -281,7 +282,8 @@ def named():
     ],
 )
 def test_the_loop_checks_what_is_short_and_stores_everything(serve, sent, in_loop):
-    service = serve(dict.fromkeys(("/process", "/postprocessed", "/livez", "/x"), named))
+    paths = ("/process", "/postprocessed", "/livez", "/readyz", "/x")
+    service = serve(dict.fromkeys(paths, named))
 
     names = json.loads(exchange(service, sent)[2])
 
