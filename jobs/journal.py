@@ -68,8 +68,7 @@ class Journal(Storage):
     ) -> list[tuple[model.Job, bytes, str | None]]:
         """Move the oldest accepted jobs that may start now to `running`.
 
-        It reads and then writes, because UPDATE with RETURNING takes three times as long. Nobody
-        else can write between the two.
+        It reads and then writes, because UPDATE with RETURNING takes three times as long.
 
         Args:
             now: When those start that need no worker of their own.

@@ -386,10 +386,9 @@ class Transport:
         Args:
             request: Has a body of bytes. Host and Content-Length are added to its headers.
             then: Is called by `work`, with the answer and at most 4 KiB of its body. An answer
-                counts as soon as its header is complete, whatever happens to its body. Its header
-                Retry-After is always a number of seconds, 0 if there is none. Otherwise `then` is
-                given a Refusal when an address is not public and must be, or a ConnectionError
-                whose text says why there was no answer.
+                counts once its header is complete, whatever happens to its body. Retry-After is
+                always a number of seconds there, 0 if there is none. Otherwise `then` is given a
+                Refusal if an address must be public and is not, or a ConnectionError that says why.
             public_only: Whether every address of the host must be public.
         """
         own = _Request(then, self._timeout)
